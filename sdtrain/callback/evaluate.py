@@ -1,0 +1,44 @@
+"""Figures on held-out data while a stage trains."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from sdtrain.callback.every import EverySteps
+from sdtrain.callback.log import off_the_clock
+
+
+class Evaluate(EverySteps):
+    """Every `every_steps` optimizer steps, and at the last one, the module's figures with the averaged weights."""
+
+    def __init__(self, every_steps: int) -> None:
+        super().__init__(every_steps)
+        self.last_figures: dict[str, float] = {}
+
+    @override
+    def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        started = time.perf_counter()
+        with off_the_clock(trainer), pl_module.averaged_weights():
+            self.last_figures = dict(pl_module.evaluate())
+        if trainer.is_global_zero and self.last_figures:
+            pl_module.context.tracker.log(
+                {
+                    "stage": pl_module.context.stage,
+                    "step": trainer.global_step,
+                    "images": pl_module.images_seen,
+                    **self.last_figures,
+                    "evaluation_seconds": round(time.perf_counter() - started, 3),
+                }
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_figures": dict(self.last_figures)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_figures = dict(state_dict["last_figures"])

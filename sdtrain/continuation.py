@@ -1,0 +1,107 @@
+"""One directory, one run: what is written down of a config, and what may differ when the run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sdtrain.errors import ConfigError
+from sdtrain.preflight import check_output_directory
+from sdtrain.tracker.redact import without_secrets
+
+# What changes neither the pictures seen nor the weights' shapes. All that matches nothing here is the run itself.
+ALLOWED = re.compile(
+    r"(name|output_dir|stages|resume|accelerator|devices|num_nodes|strategy|tracker|cluster)\b.*"
+    r"|(autoencoder|diffusion)\.(callback|metric|strategy)\b.*"
+    r"|(autoencoder|diffusion)\.trainer\.(max_steps|num_accumulate)"
+    r"|.*\b(\w*every_\w+|num_workers|cache_bytes|max_bad_fraction)"
+)
+WARNED = re.compile(r"precision|(autoencoder|diffusion)\.(optim|ema|precision|trainer\.clip_norm)\b.*")
+
+
+class Difference(NamedTuple):
+    """One key with its value before and now."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.old} -> {self.new}"
+
+
+class Differences(NamedTuple):
+    """The differences between two configs, by what they mean for a run that goes on."""
+
+    refused: list[Difference]
+    warned: list[Difference]
+    allowed: list[Difference]
+
+
+def resolve_and_redact(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values to write down, without secrets."""
+    return without_secrets(OmegaConf.to_container(cfg, resolve=True))
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """A hash of what makes the run this run: data, parts, seed and global batch."""
+    flat = flatten(resolve_and_redact(cfg))
+    own = {key: value for key, value in flat.items() if not ALLOWED.fullmatch(key) and not WARNED.fullmatch(key)}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def compare(previous: dict[str, Any], current: dict[str, Any]) -> Differences:
+    """What differs between two resolved configs: refused, warned of, allowed."""
+    old, new = flatten(previous), flatten(current)
+    found = Differences([], [], [])
+    for key in sorted(old.keys() | new.keys()):
+        difference = Difference(key, old.get(key), new.get(key))
+        if difference.old == difference.new:
+            continue
+        if ALLOWED.fullmatch(key):
+            found.allowed.append(difference)
+        elif WARNED.fullmatch(key):
+            found.warned.append(difference)
+        else:
+            found.refused.append(difference)
+    return found
+
+
+def check_continuation(directory: Path, cfg: DictConfig) -> list[str]:
+    """Warnings about going on in `directory` with this config; ConfigError where it holds another run's."""
+    check_output_directory(directory)
+    file = directory / "config.yaml"
+    if not file.is_file():
+        return []
+    try:
+        previous = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(
+            f"{file} cannot be read: {' '.join(str(error).split())}; choose another output_dir"
+        ) from error
+    found = compare(previous, resolve_and_redact(cfg))
+    if found.refused:
+        raise ConfigError(
+            f"output_dir={directory} holds a run of another config: {'; '.join(map(str, found.refused[:3]))}"
+            f"{f' and {len(found.refused) - 3} more' if len(found.refused) > 3 else ''}"
+            "\n  choose another output_dir, or undo the difference"
+        )
+    return [f"{difference} differs from the run before" for difference in found.warned]
+
+
+def flatten(node: Any, path: str = "") -> dict[str, Any]:
+    """Leaves by dotted key; a list is a leaf unless it holds mappings."""
+    if isinstance(node, dict) and node:
+        pairs = [(f"{path}.{key}" if path else str(key), child) for key, child in node.items()]
+    elif isinstance(node, list) and any(isinstance(child, dict) for child in node):
+        pairs = [(f"{path}[{index}]", child) for index, child in enumerate(node)]
+    else:
+        return {path: node}
+    return {key: value for below, child in pairs for key, value in flatten(child, below).items()}

@@ -1,0 +1,98 @@
+"""What both stages share: their place in the run, the means they log, their optimizer, and how gradients are clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from sdtrain.contracts import Context
+from sdtrain.ops.random import Draw
+
+
+class Stage(L.LightningModule):
+    """A LightningModule that owns no layers and no mathematics: it wires parts and logs.
+
+    Args:
+        context: where it runs.
+        optim: the recipe of its optimizer; `build(parts, max_steps)`.
+        clip_norm: each part's gradients are clipped by their own norm, or null.
+    """
+
+    def __init__(self, context: Context, optim: Any, clip_norm: float | None) -> None:  # noqa: ANN401 a part
+        super().__init__()
+        self.context, self.optim, self.clip_norm = context, optim, clip_norm
+        self.ema: Any = None  # the EMA callback's, where there is one
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def parts(self) -> Mapping[str, Sequence[nn.Parameter]]:
+        """What learns, by the name of its part; each is a parameter group."""
+        raise TypeError("a stage names its parts")
+
+    def averaged_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What an exponential moving average is kept of."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    @property
+    def images_seen(self) -> int:
+        """Images over all ranks and micro-batches, up to the last optimizer step."""
+        return self.trainer.global_step * self.context.global_batch_size
+
+    def draw(self, batch: Mapping[str, Any]) -> Draw:
+        """The random numbers of a batch: a function of seed, epoch and sample, whatever rank or worker it is on."""
+        return Draw(self.context.seed, batch["sample_id"], batch["epoch"])
+
+    def note(self, **values: Tensor) -> None:
+        """Adds to the means of the next row, on the device: nothing waits for it."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means since the last call, over ranks too. The one place where the host waits for the device."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        if self.trainer.world_size > 1:
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        self._sums.clear()
+        self._counts.clear()
+        return dict(zip(names, means.tolist()))
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside it, the stage holds the averaged weights, where there are any."""
+        return nullcontext() if self.ema is None else self.ema.swapped()
+
+    def precision(self) -> AbstractContextManager[None]:
+        """The trainer's autocast, for what runs outside of a training step."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    def consumed(self, batch: Mapping[str, Any]) -> None:
+        """Moves the data cursor past an optimizer step. Seen by checkpoints only after the step, so it may be said within it."""
+        if batch["last_micro_of_step"]:
+            self.trainer.datamodule.advance(batch["cursor"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer, a schedule that counts optimizer steps up to max_steps."""
+        optimizer, schedule = self.optim.build(self.parts(), self.context.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,  # noqa: ARG002 Lightning's signature
+        gradient_clip_val: float | None = None,  # noqa: ARG002
+        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Clips each part by its own norm, and notes the norms."""
+        for name, parameters in self.parts().items():
+            learned = [p for p in parameters if p.grad is not None]
+            if learned:
+                norm = torch.nn.utils.clip_grad_norm_(learned, self.clip_norm or float("inf"), foreach=True)
+                self.note(**{f"grad_norm/{name}": norm})

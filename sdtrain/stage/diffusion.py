@@ -1,0 +1,162 @@
+"""Stage 2: the denoiser, in the latent space of a frozen first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdtrain.contracts import Batch, Context, Preview
+from sdtrain.layer.frozen import Frozen
+from sdtrain.ops.random import Draw
+from sdtrain.stage.autoencoder import to_uint8
+from sdtrain.stage.base import Stage
+from sdtrain.stage.generation import Generation
+
+_BATCH = 128
+
+
+class DiffusionStage(Stage):
+    """Trains a denoiser and, where it learns, its conditioner.
+
+    Args:
+        model: the denoiser.
+        conditioner: what it is told.
+        objective: what is minimised; the sampler reads `to_x0` from the same object.
+        sampler: draws previews and the pictures that metrics read.
+        first_stage: frozen, already whitened by its manifest.
+        decoded: an optional loss on the decoded prediction of x0.
+        metric: parts by name: caption_match, memorisation.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        model: nn.Module,
+        conditioner: nn.Module,
+        objective: Any,  # noqa: ANN401 a part
+        sampler: Any,  # noqa: ANN401
+        first_stage: nn.Module,
+        optim: Any,  # noqa: ANN401
+        clip_norm: float | None,
+        metric: Mapping[str, Any],
+        decoded: nn.Module | None = None,
+    ) -> None:
+        super().__init__(context, optim, clip_norm)
+        self.model, self.conditioner = model, conditioner
+        self.objective, self.sampler, self.metric = objective, sampler, metric
+        self.frozen = Frozen(first_stage)
+        self.decoded = None if decoded is None else Frozen(decoded)
+
+    @property
+    def first_stage(self) -> nn.Module:
+        """The frozen autoencoder."""
+        return self.frozen.module
+
+    def parts(self) -> Mapping[str, Sequence[nn.Parameter]]:
+        """The denoiser and the conditioner, each with its own learning rate."""
+        named = {"model": self.model.parameters(), "conditioner": self.conditioner.parameters()}
+        return {name: [p for p in parameters if p.requires_grad] for name, parameters in named.items()}
+
+    def latents(self, batch: Batch, draw: Draw) -> Tensor:
+        """(B, C, h, w) whitened: a draw from the cached or freshly encoded posterior."""
+        if "latent" in batch:
+            mean, std = batch["latent"].float().unbind(dim=1)
+        else:
+            with torch.no_grad():
+                mean, std = self.first_stage.encode(batch["image"])
+        return self.first_stage.whiten(mean + std * draw.normal("posterior", mean.shape[1:]))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002 Lightning's signature
+        """One micro-batch."""
+        self.consumed(batch)
+        draw = self.draw(batch)
+        x0 = self.latents(batch, draw)
+        out = self.objective.loss(self.model, x0, self.conditioner(batch, draw), draw)
+        loss = out["loss"].mean()
+        if self.decoded is not None:
+            predicted = self.objective.to_x0(out["output"], out["x_t"], out["t"])
+            decoded = self.decoded(self.first_stage, predicted, x0, self.objective.path(out["t"]))
+            self.note(decoded=decoded)
+            loss = loss + decoded
+        self.note(loss=loss)
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The loss on held-out samples with fixed times and noise: it rises where the model begins to overfit."""
+        data = self.trainer.datamodule
+        num = min(2 * _BATCH, data.splits["val"])
+        losses = []
+        for start in range(0, num, _BATCH):
+            batch = data.load("val", range(start, min(start + _BATCH, num)))
+            moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            draw = Draw(self.context.seed, moved["sample_id"], moved["epoch"])
+            with self.precision():
+                x0 = self.latents(moved, draw)
+                losses.append(self.objective.loss(self.model, x0, self.conditioner(moved), draw)["loss"])
+        return {"val/loss": float(torch.cat(losses).mean())}
+
+    def generation(self) -> Generation:
+        """The parts that draw pictures, as they stand now."""
+        side = self.trainer.datamodule.image_size // self.first_stage.down_factor
+        parts = (self.model, self.conditioner, self.objective, self.first_stage, self.sampler)
+        return Generation(*parts, latent_size=(side, side))
+
+    def generate(self, captions: Sequence[str], seed: int) -> np.ndarray:
+        """uint8 (N, H, W, 3)."""
+        with self.precision():
+            return self.generation()({"caption": list(captions)}, seed)
+
+    def preview(self) -> Preview:
+        """The same held-out captions and the same noise each time."""
+        data = self.trainer.datamodule
+        captions = data.captions("val")[:16]
+        return Preview(self.generate(captions, self.context.seed), captions, 8)
+
+    def finish(self) -> dict[str, Any]:
+        """The summary of the stage: losses, and what the pictures show where the data says what they should."""
+        figures: dict[str, Any] = {name.removeprefix("val/"): value for name, value in self.evaluate().items()}
+        groups = self._groups()
+        if groups:
+            figures["caption_match"] = self.metric["caption_match"].report(groups)
+        if self.metric.get("memorisation") is not None:
+            figures["memorisation"] = self._memorisation(groups)
+        return figures
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Real pictures, reconstructions and samples of one object, two, and held-out compositions."""
+        reader, data = self.metric.get("caption_match"), self.trainer.datamodule
+        if reader is None:
+            return {}
+        groups = {}
+        for name, split, num_things in (("one", "val", 1), ("two", "val", 2), ("heldout", "held_out", 1)):
+            told = data.attributes(split)
+            ids = [i for i, found in enumerate(told) if len(found["things"]) == num_things][: reader.num_captions]
+            image = data.load(split, ids, as_images=True)["image"].to(self.device)
+            with torch.no_grad(), self.precision():
+                made = [self.first_stage.decode(self.first_stage.encode(part).mean) for part in image.split(_BATCH)]
+            captions = data.captions(split)
+            groups[name] = {
+                "real": to_uint8(image),
+                "attributes": [told[i] for i in ids],
+                "reconstructions": to_uint8(torch.cat(made)),
+                "samples": self.generate([captions[i] for i in ids], self.context.seed),
+            }
+        return groups
+
+    def _memorisation(self, groups: dict[str, dict[str, Any]]) -> dict[str, float]:
+        data = self.trainer.datamodule
+        num_held_out = min(512, data.splits["val"])
+        held_out = to_uint8(data.load("val", range(num_held_out), as_images=True)["image"])
+        if groups:
+            samples = np.concatenate([group["samples"] for group in groups.values()])
+        else:
+            samples = self.generate(data.captions("val")[:num_held_out], self.context.seed)
+        num = min(data.splits["train"], 50_000)
+        loaded = (data.load("train", range(i, min(i + 1024, num)), as_images=True) for i in range(0, num, 1024))
+        training = np.concatenate([to_uint8(batch["image"]) for batch in loaded])
+        return self.metric["memorisation"](samples, held_out, training)

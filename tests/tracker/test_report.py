@@ -1,0 +1,174 @@
+"""report.html from real files: complete, valid, self-contained, and never a crash."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from sdtrain.tracker.jsonl import JsonlTracker
+from sdtrain.tracker.report import MAX_PICTURES, write_report
+
+VOID = {"meta", "input", "img", "br", "line", "circle"}
+
+
+class Page(HTMLParser):
+    """Refuses unbalanced tags; keeps tags and text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, (tag, self.open)
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data + "\n"
+
+    def all(self, tag, **wanted):
+        return [found for name, found in self.tags if name == tag and wanted.items() <= found.items()]
+
+
+def scores(level):
+    return {"all": level, "shape": level + 0.01, "colour": level + 0.02}
+
+
+@pytest.fixture
+def run(tmp_path):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    for stage in ("autoencoder", "diffusion"):
+        for step in range(10, 301, 10):
+            row = {"stage": stage, "step": step, "images": step * 8, "loss": 50.0 / step, "images_per_second": 400.0}
+            tracker.log({**row, "lr/unet": 1e-3, "lr/text": 1e-4, "grad_norm": 1.0, "kl": 3.0, "data/replaced": 2})
+        tracker.log({"stage": stage, "step": 150, "val/psnr": 25.0, "val/loss": 0.5})
+        tracker.log({"stage": stage, "step": 300, "val/psnr": 28.0, "val/loss": 0.4})
+        tracker.log({"stage": stage, "step": 200, "event": "stop", "reason": "SIGTERM <now>"})
+        folder = tmp_path / stage / "samples"
+        folder.mkdir(parents=True)
+        for step in (0, 100, 300):
+            Image.new("RGB", (300, 200), (step % 256, 0, 0)).save(folder / f"step_{step:08d}.png")
+            tracker.image(f"{stage}/samples", folder / f"step_{step:08d}.png", step)
+    limits = {
+        name: {"one": scores(level)} for name, level in (("ceiling", 0.98), ("floor", 0.1), ("reconstruction", 0.96))
+    }
+    summary = {
+        "world_size": 2,
+        "strategy": "ddp",
+        "seconds": {"autoencoder": 125.0, "total": 3725.0},
+        "autoencoder": {"psnr": 28.35, "ssim": 0.9312},
+        "diffusion": {"caption_match": {"one": scores(0.91), **limits}, "memorisation": {"ratio": 0.97}},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "config.yaml").write_text("name: my run\ndata: <script>alert(1)</script> https://example.org\n")
+    (tmp_path / "autoencoder" / "manifest.json").write_text(json.dumps({"latent_channels": 4, "mean": [0.5, -0.25]}))
+    return tmp_path
+
+
+def test_everything_a_run_holds_is_in_it(run):
+    page = Page(write_report(run))
+    assert "my run" in page.text
+    for figure in ("28.35", "0.931", "91.0 %", "98.0 %", "96.0 %", "10.0 %", "0.97", "1 h 02 min", "world size 2"):
+        assert figure in page.text
+    for heading in ("Autoencoder", "Diffusion", "Events", "Stage manifest", "One object", "Config"):
+        assert heading in page.text
+    assert "Two objects" not in page.text  # nothing was measured on them
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    for label in ("Loss", "PSNR (dB, held out)", "Images per second", "Learning rate", "Gradient norm", "kl"):
+        assert labels.count(f"{label} over steps") == 2
+    assert page.text.count("SIGTERM <now>") == 2
+    assert "0.5, -0.25" in page.text
+    assert not run.joinpath("report.html.tmp").exists()
+
+
+def test_it_needs_nothing_from_outside(run):
+    page = Page(write_report(run))
+    links = [
+        value for _, found in page.tags for name, value in found.items() if name in ("src", "href", "action", "data")
+    ]
+    assert len(links) == 6
+    assert all(link.startswith("data:image/webp;base64,") for link in links)
+    assert not page.all("link")
+    assert len(page.all("script")) == 1  # the config's own stays text
+    (policy,) = (found["content"] for found in page.all("meta") if found.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "url(" not in (run / "report.html").read_text()
+    assert page.all("meta", name="viewport")
+
+
+def test_the_slider_stands_at_the_last_grid(run):
+    page = Page(write_report(run))
+    pictures = page.all("img")
+    assert [(found["data-step"], "hidden" in found) for found in pictures[:3]] == [
+        ("0", True),
+        ("100", True),
+        ("300", False),
+    ]
+    slider = page.all("input")[0]
+    assert (slider["min"], slider["max"], slider["value"]) == ("0", "2", "2")
+    data = base64.b64decode(pictures[2]["src"].partition(",")[2])
+    red = Image.open(io.BytesIO(data)).convert("RGB").getpixel((5, 5))
+    assert abs(red[0] - 44) < 8
+
+
+def test_many_grids_are_thinned_and_large_ones_reduced(tmp_path):
+    folder = tmp_path / "diffusion" / "samples"
+    folder.mkdir(parents=True)
+    for step in range(0, 2000, 20):
+        Image.new("RGB", (8, 8)).save(folder / f"step_{step:08d}.png")
+    Image.new("RGB", (4000, 100)).save(folder / "step_00002000.png")
+    pictures = Page(write_report(tmp_path)).all("img")
+    assert len(pictures) == MAX_PICTURES
+    assert (pictures[0]["data-step"], pictures[-1]["data-step"]) == ("0", "2000")
+    data = base64.b64decode(pictures[-1]["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).size == (1400, 35)
+
+
+def test_rows_that_a_resume_superseded_are_in_no_curve(tmp_path):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    for steps, loss in (((10, 20, 30), 7.0), ((20, 25), 3.0)):
+        for step in steps:
+            tracker.log({"stage": "diffusion", "step": step, "loss": loss})
+    (chart,) = Page(write_report(tmp_path)).all("figure")
+    assert json.loads(chart["data-series"])[0]["points"] == [[10, 7.0], [20, 3.0], [25, 3.0]]
+
+
+def test_an_empty_directory_gives_an_empty_report(tmp_path):
+    page = Page(write_report(tmp_path))
+    assert tmp_path.name in page.text
+    assert not page.all("section")
+
+
+def test_broken_files_are_left_out(run):
+    (run / "summary.json").write_text('{"autoencoder": {"psnr": NaN, "ssim": "high"}, "seconds": 3, "diffusion": []}')
+    (run / "autoencoder" / "manifest.json").write_text('{"cut')
+    png = run / "autoencoder" / "samples" / "step_00000300.png"
+    png.write_bytes(png.read_bytes()[:150])
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"stage": "diffusion", "step": null, "loss": 1}\n{"loss": NaN, "step": 400}\n\xff\xfe\n[1]\n{"ste')
+    page = Page(write_report(run))
+    assert "Reconstruction PSNR" not in page.text
+    assert [found["data-step"] for found in page.all("img")] == ["0", "100", "0", "100", "300"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_script_parses(run):
+    script = re.search(r"<script>(.*)</script>", write_report(run).read_text(), re.DOTALL).group(1)
+    (run / "script.js").write_text(script)
+    subprocess.run(["node", "--check", str(run / "script.js")], check=True)
