@@ -11,7 +11,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sdtrain.errors import ConfigError
-from sdtrain.target import LIBRARY, NODE_KEYS, READ_BY_RUN, ROOMS, check_allowed, parts
+from sdtrain.target import NODE_KEYS, READ_BY_RUN, ROOMS, check_allowed, parts
 
 
 def build(node: DictConfig, **extra: Any) -> Any:
@@ -45,6 +45,6 @@ def check_resolved(path: str, node: dict[str, Any]) -> None:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path}._target_: cannot load '{node['_target_']}': {error}") from error
     home, name = getattr(found, "__module__", ""), getattr(found, "__qualname__", "")
-    is_ours = home.split(".")[0] == "sdtrain" and home.split(".")[1] in ROOMS
-    if not (inspect.isclass(found) or inspect.isroutine(found)) or not (is_ours or LIBRARY.match(f"{home}.{name}")):
+    is_ours = home.startswith("sdtrain.") and home.split(".")[1] in ROOMS
+    if not (inspect.isclass(found) or inspect.isroutine(found)) or not is_ours:
         raise ConfigError(f"{path}._target_ '{node['_target_']}' is {home}.{name}, which is not allowed")

@@ -181,11 +181,14 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         re.search(r"Key '[^']+' (?:is )?not in", text) and full_key
     ):
         return _explain_unknown(unknown[1], overrides) + where
+    if doubled := re.search(r"An item is already at '([^']+)'", text):
+        return f"'{doubled[1]}' is set already; write {doubled[1]}=... without the plus"
     if value := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(value[2], value[2])
         return f"{full_key[1]} must be {kind}, not {value[1]!r}{where}"
-    if full_key and re.search(r"Invalid type assigned|Merge error|Cannot assign", text):
-        return f"{full_key[1]} is a section, and takes no value itself; set a key in it: {full_key[1]}.KEY=...{where}"
+    if replaced := re.search(r"is not a subclass of (\w+)Config|Cannot assign", text):
+        section = full_key[1] if full_key else str(replaced[1]).lower()
+        return f"{section} is a section, and takes no value itself; set a key in it: {section}.KEY=...{where}"
     if "is not a ListConfig, list or tuple" in text and override:
         key, _, value = override[1].partition("=")
         return f"{key} must be a list; write {key}=[{value}]"
@@ -204,6 +207,8 @@ def _explain_unknown(key: str, overrides: list[str]) -> str:
     except ConfigError:
         return f"unknown key '{key}'{nearest(key, set(ROOT_KEYS))}"
     known = set(known_keys(cfg))
+    if "@" in key and key.partition("@")[2] in known:
+        return f"no file puts the group {key} there yet, so it is added with a plus: +{key}=..."
     if OmegaConf.is_dict(OmegaConf.select(cfg, key)):
         return f"'{key}' is a section, and takes no value itself; set a key in it: {key}.KEY=..."
     if key in known:
@@ -212,7 +217,7 @@ def _explain_unknown(key: str, overrides: list[str]) -> str:
     siblings = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent}
     if near := nearest(last, siblings):
         return f"unknown key '{key}'{near.replace(chr(39), chr(39) + parent + '.', 1) if parent else near}"
-    same = sorted(k for k in known if k.rpartition(".")[2] == last)[:3]
+    same = sorted((k for k in known if k.rpartition(".")[2] == last), key=lambda k: (k.count("."), k))[:3]
     return f"unknown key '{key}'" + (f"; did you mean {' or '.join(same)}?" if same else nearest(key, known))
 
 
@@ -237,4 +242,4 @@ def known_keys(cfg: DictConfig) -> Iterator[str]:
             signature = read_signature(node["_target_"])
         except ConfigError:
             continue
-        yield from (f"{path}.{name}" for name in signature.arguments) if signature else ()
+        yield from (f"{path}.{name}" for name in signature.arguments)

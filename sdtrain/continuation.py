@@ -19,11 +19,12 @@ from sdtrain.tracker.redact import without_secrets
 # What changes neither the pictures seen nor the weights' shapes. All that matches nothing here is the run itself.
 ALLOWED = re.compile(
     r"(name|output_dir|stages|resume|accelerator|devices|num_nodes|strategy|tracker|cluster)\b.*"
-    r"|(autoencoder|diffusion)\.(callback|metric|strategy)\b.*"
-    r"|(autoencoder|diffusion)\.trainer\.(max_steps|num_accumulate)"
-    r"|.*\b(\w*every_\w+|num_workers|cache_bytes|max_bad_fraction)"
+    r"|(autoencoder|diffusion)(\.recognition)?\.(callback|metric|strategy|trainer\.(max_steps|num_accumulate))\b.*"
+    r"|.*\b(\w*every_\w+|num_workers|cache_bytes|max_bad_fraction)|data\.root"
 )
-WARNED = re.compile(r"precision|(autoencoder|diffusion)\.(optim|ema|precision|trainer\.clip_norm)\b.*")
+WARNED = re.compile(
+    r"precision|(autoencoder|diffusion)(\.recognition)?\.(optim|callback\.ema|precision|trainer\.clip_norm)\b.*"
+)
 
 
 class Difference(NamedTuple):
@@ -65,10 +66,10 @@ def compare(previous: dict[str, Any], current: dict[str, Any]) -> Differences:
         difference = Difference(key, old.get(key), new.get(key))
         if difference.old == difference.new:
             continue
-        if ALLOWED.fullmatch(key):
-            found.allowed.append(difference)
-        elif WARNED.fullmatch(key):
+        if WARNED.fullmatch(key):
             found.warned.append(difference)
+        elif ALLOWED.fullmatch(key):
+            found.allowed.append(difference)
         else:
             found.refused.append(difference)
     return found

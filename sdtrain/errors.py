@@ -10,7 +10,8 @@ class ConfigError(ValueError):
 class RunError(RuntimeError):
     """A stop whose exit code says why.
 
-    3 no valid checkpoint where one was demanded, 75 preempted (requeue), 76 non-finite loss, 77 hang, 78 ranks diverged.
+    3 no valid checkpoint where one was demanded, 75 preempted (requeue), 76 non-finite loss, 77 hang, 78 ranks
+    diverged.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -8,13 +8,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdtrain.errors import ConfigError
-from sdtrain.target import ROOMS, check_node, nearest, parts, read_signature
+from sdtrain.target import ROOMS, check_allowed, check_node, nearest, parts, read_signature
 
 STAGES = ("autoencoder", "diffusion")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -32,41 +32,41 @@ def check(cfg: DictConfig) -> None:
     resolved = OmegaConf.to_container(cfg, resolve=True)
     check_run(resolved)
     check_slots(OmegaConf.get_type(cfg), resolved)
-    for stage in STAGES:
-        check_trainer(resolved, stage)
-        check_slots(OmegaConf.get_type(cfg, stage), resolved[stage], f"{stage}.")
+    for path in (*STAGES, "autoencoder.recognition"):
+        section = OmegaConf.select(cfg, path)
+        if section is not None:
+            check_trainer(resolved, path, OmegaConf.to_container(section, resolve=True))
+    check_objectives(resolved)
     for path, node in parts(resolved):
         check_node(path, node)
-        check_sources(path, node)
-    check_objectives(resolved)
+        check_sources(path, node, Path(resolved["output_dir"]))
     check_output_directory(Path(resolved["output_dir"]))
+    check_handover(resolved)
 
 
 def check_interpolations(cfg: DictConfig) -> None:
     """Refuse `${...}` that leads nowhere, a value still missing, and the clock, which each process reads for itself."""
-    for path, parent, key in leaves(cfg):
-        raw = OmegaConf.to_container(parent, resolve=False)[key]
+    for path, raw in leaves(OmegaConf.to_container(cfg, resolve=False)):
+        if raw == "???":
+            raise ConfigError(f"{path} has no value; set it with {path}=... or choose an experiment that does")
         if "${now:" in str(raw):
             raise ConfigError(f"{path}: '{raw}' asks the clock, and each process reads its own; write the value itself")
-        if OmegaConf.is_missing(parent, key):
-            raise ConfigError(f"{path} has no value; set it with {path}=... or choose an experiment that does")
         try:
-            _ = parent[key]
+            _ = OmegaConf.select(cfg, path) if "${" in str(raw) else None
         except OmegaConfBaseException as error:
             raise ConfigError(f"{path}: '{raw}': {str(error).splitlines()[0]}") from error
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every (dotted path, parent, key) whose value is written there: a scalar, an interpolation or a missing value."""
-    keys = list(node.keys()) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        below = f"{path}[{key}]" if isinstance(node, ListConfig) else f"{path}.{key}" if path else str(key)
-        written = OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)
-        child = None if written else node[key]
-        if isinstance(child, DictConfig | ListConfig):
-            yield from leaves(child, below)
-        else:
-            yield below, node, key
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no container, with its dotted path."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from leaves(child, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from leaves(child, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def check_fields(cfg: DictConfig, path: str = "") -> None:
@@ -76,7 +76,7 @@ def check_fields(cfg: DictConfig, path: str = "") -> None:
         below = f"{path}{key}"
         if key not in fields:
             raise ConfigError(f"unknown key '{below}'{nearest(key, fields)}")
-        if dataclasses.is_dataclass(OmegaConf.get_type(cfg, key)):
+        if dataclasses.is_dataclass(OmegaConf.get_type(cfg, key)) and cfg[key] is not None:
             check_fields(cfg[key], f"{below}.")
 
 
@@ -89,21 +89,19 @@ def check_run(cfg: dict[str, Any]) -> None:
         raise ConfigError(
             f"stages={stages}: name one or both of {listed}, in this order{nearest(unknown, set(STAGES))}"
         )
-    for key, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
+    for key, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS), ("resume", RESUMES)):
         if cfg[key] not in known:
             raise ConfigError(f"{key}={cfg[key]} is none of {', '.join(known)}{nearest(cfg[key], set(known))}")
     for key in ("devices", "num_nodes"):
         if cfg[key] != "auto" and not (isinstance(cfg[key], int) and cfg[key] >= 1):
             raise ConfigError(f"{key}={cfg[key]} must be a whole number from 1 on, or auto")
-    if cfg["resume"] not in RESUMES and not Path(cfg["resume"]).is_dir():
-        raise ConfigError(f"resume={cfg['resume']} is none of {', '.join(RESUMES)} and no checkpoint directory")
     if cfg["seed"] < 0:
         raise ConfigError(f"seed={cfg['seed']} must be 0 or more")
 
 
-def check_trainer(cfg: dict[str, Any], stage: str) -> None:
+def check_trainer(cfg: dict[str, Any], stage: str, section: dict[str, Any]) -> None:
     """A stage's budget, portions and precision."""
-    trainer = cfg[stage]["trainer"]
+    trainer = section["trainer"]
     for key in ("max_steps", "batch_size", "num_accumulate"):
         if trainer[key] < 1:
             raise ConfigError(f"{stage}.trainer.{key}={trainer[key]} must be at least 1")
@@ -116,8 +114,8 @@ def check_trainer(cfg: dict[str, Any], stage: str) -> None:
             f"{stage}.trainer.batch_size={trainer['batch_size']} is the global batch: it must be a multiple of"
             f" {portions} (devices x num_nodes x {stage}.trainer.num_accumulate)"
         )
-    precision = cfg[stage]["precision"] or cfg["precision"]
-    key = f"{stage}.precision" if cfg[stage]["precision"] else "precision"
+    precision = section["precision"] or cfg["precision"]
+    key = f"{stage}.precision" if section["precision"] else "precision"
     if precision not in PRECISIONS:
         raise ConfigError(f"{key}={precision} is none of {', '.join(PRECISIONS)}{nearest(precision, set(PRECISIONS))}")
     if precision == "16-mixed" and cfg["accelerator"] == "cpu":
@@ -126,52 +124,75 @@ def check_trainer(cfg: dict[str, Any], stage: str) -> None:
 
 def check_slots(schema: type, values: dict[str, Any], path: str = "") -> None:
     """Every place for a part holds one, of the right room: a node with `_target_`, or nothing where that is allowed."""
+    hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        value, below = values[field.name], f"{path}{field.name}"
-        if field.type == "dict[str, Any]":
+        value, below, hint = values[field.name], f"{path}{field.name}", hints[field.name]
+        section = next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        if section and value is not None:
+            check_slots(section, value, f"{below}.")
+        elif hint == dict[str, Any]:
             for key, child in value.items():
-                check_slot(f"{below}.{key}", field.name, child, is_optional=True)
-        elif field.type == "Any":
+                check_slot(f"{below}.{key}", field.name, child, is_optional=True, is_listed=True)
+        elif hint is Any:
             check_slot(below, field.name, value, is_optional=field.default is None)
 
 
-def check_slot(path: str, name: str, value: Any, is_optional: bool) -> None:
+def check_slot(path: str, name: str, value: Any, is_optional: bool, is_listed: bool = False) -> None:
     """One place for a part; `name` is its field's, and where that is a room's the part comes from that room."""
-    if value is None and is_optional:
+    if not value and is_optional:
         return
     if not isinstance(value, dict) or "_target_" not in value:
-        group = path if path == name else f"{name}@{path}"
+        room = {"decoded": "objective"}.get(name, name)
+        group = path if path == room else f"{'+' if is_optional else ''}{room}@{path}"
+        override = "" if is_optional else "override "
+        spelled = f"write {group}=NAME" if room in ROOMS and not is_listed else "write a node with `_target_`"
         raise ConfigError(
-            f"{path}: {value!r} stands where a part belongs; write {group}=NAME on the command line"
-            f"\n  in a file:  defaults: [override /{group}: NAME], or a node with `_target_`"
+            f"{path}: {value!r} stands where a part belongs; {spelled}"
+            + (f"\n  in a file:  defaults: [{override}/{group.lstrip('+')}: NAME]" if "=" in spelled else "")
         )
-    words = str(value["_target_"]).split(".")
-    if name in ROOMS and words[0] == "sdtrain" and words[1] != name:
+    check_allowed(value["_target_"], path)
+    if name in ROOMS and value["_target_"].split(".")[1] != name:
         raise ConfigError(f"{path}._target_ '{value['_target_']}' is no part of sdtrain/{name}/")
 
 
 def check_objectives(cfg: dict[str, Any]) -> None:
-    """Stage 2's objective says what a prediction means (`to_x0`); stage 1's does not."""
-    for path, node, is_denoising in (
-        ("objective", cfg["objective"], True),
-        ("autoencoder.objective", cfg["autoencoder"]["objective"], False),
+    """Three places take parts of the room `objective`; each takes another kind, told by its methods."""
+    for path, node, wanted, unwanted, what in (
+        ("objective", cfg["objective"], "to_x0", "", "the diffusion stage's objective"),
+        (
+            "autoencoder.objective",
+            cfg["autoencoder"]["objective"],
+            "loss",
+            "to_x0",
+            "the autoencoder stage's objective",
+        ),
+        ("diffusion.decoded", cfg["diffusion"]["decoded"], "forward", "loss", "a loss on decoded pictures"),
     ):
-        if ("to_x0" in read_signature(node["_target_"]).methods) != is_denoising:
-            stage, other = ("diffusion", "autoencoder") if is_denoising else ("autoencoder", "diffusion")
-            spelled = "objective=NAME" if is_denoising else "objective@autoencoder.objective=NAME"
-            raise ConfigError(
-                f"{path}: {node['_target_']} is an objective of the {other} stage; choose one of the {stage} stage's"
-                f" with {spelled}"
-            )
+        methods = read_signature(node["_target_"], path).methods if node else {wanted}
+        if wanted not in methods or unwanted in methods:
+            spelled = path if path == "objective" else f"objective@{path}"
+            raise ConfigError(f"{path}: {node['_target_']} is not {what}; choose one with {spelled}=NAME")
 
 
-def check_sources(path: str, node: dict[str, Any]) -> None:
+def check_sources(path: str, node: dict[str, Any], directory: Path) -> None:
     """What a run starts from is there: shards (a file, a folder or a pattern) and weights. Addresses are not asked."""
     for key in (key for key in node if f"{path}.{key}" in SOURCES):
         named = node[key] if isinstance(node[key], list) else [node[key]]
         for source in (source for source in named if isinstance(source, str) and "://" not in source):
-            if not glob.glob(source) and not Path(source).exists():
+            place = Path(source).expanduser()
+            if not glob.glob(str(place)) and not place.exists() and not (directory / place).exists():
                 raise ConfigError(f"{path}.{key}: there is nothing at {source}")
+
+
+def check_handover(cfg: dict[str, Any]) -> None:
+    """Stage 2 alone needs a trained first stage, this directory's or another's, unless its own has no weights."""
+    own = Path(cfg["output_dir"], "autoencoder", "manifest.json")
+    is_untrained = "weights" in cfg["first_stage"] and not cfg["first_stage"]["weights"]
+    if cfg["stages"] == ["diffusion"] and is_untrained and not own.is_file():
+        raise ConfigError(
+            f"stages=[diffusion] needs a first stage, and {own.parent} holds none;"
+            " set first_stage.weights=RUN/autoencoder or add the stage autoencoder"
+        )
 
 
 def check_output_directory(directory: Path) -> None:

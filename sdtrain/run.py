@@ -2,150 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from safetensors.torch import save_file
 
 from sdtrain.build import build
-from sdtrain.checkpoint.commit import find_resume
-from sdtrain.continuation import check_continuation, config_hash, resolve_and_redact
-from sdtrain.contracts import Context
-from sdtrain.errors import ConfigError, RunError
-from sdtrain.first_stage.manifest import Manifest, measure
+from sdtrain.errors import ConfigError
+from sdtrain.first_stage.manifest import Manifest
 from sdtrain.interop.weights import load_first_stage, load_model, save_first_stage
+from sdtrain.session import Session, barrier
 from sdtrain.stage.autoencoder import AutoencoderStage
-from sdtrain.stage.base import Stage
 from sdtrain.stage.diffusion import DiffusionStage
+from sdtrain.stage.latents import cache_latents, measure_latents
 from sdtrain.stage.recognition import RecognitionStage, vocabulary
-from sdtrain.strategy.commit_io import CommitIO
-from sdtrain.tracker.fanout import Fanout
-from sdtrain.tracker.jsonl import JsonlTracker
-from sdtrain.tracker.none import NullTracker
 from sdtrain.tracker.report import write_report
-
-
-class Run:
-    """One run directory and what its stages share."""
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
-        self.directory = Path(cfg.output_dir).expanduser().resolve()
-        self.is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0)))) == 0
-        self.started = time.monotonic()
-        self.warnings = check_continuation(self.directory, cfg)
-        self.tracker: Any = NullTracker()
-        if self.is_first:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for old in ("exit.json",):
-                (self.directory / old).unlink(missing_ok=True)
-            (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
-            self.tracker = Fanout(JsonlTracker(self.directory / "metrics.jsonl"), [build(cfg.tracker)])
-            for warning in self.warnings:
-                print(f"warning: {warning}", flush=True)
-                self.tracker.log({"event": "warning", "warning": warning})
-
-    def context(self, stage: str, section: DictConfig) -> Context:
-        """Where a stage runs."""
-        stages = list(self.cfg.stages)
-        return Context(
-            stage=stage,
-            run_directory=self.directory,
-            directory=self.directory / stage,
-            tracker=self.tracker,
-            seed=self.cfg.seed,
-            global_batch_size=section.trainer.batch_size,
-            max_steps=section.trainer.max_steps,
-            stage_index=stages.index(stage) + 1 if stage in stages else 1,
-            num_stages=len(stages),
-            config_hash=config_hash(self.cfg),
-        )
-
-    def data(self, section: DictConfig) -> L.LightningDataModule:
-        """The stage's data: its own, or the run's."""
-        override = section.get("data")
-        data = build(self.cfg.data if override is None else section.data)
-        data.connect(self.cfg.seed, section.trainer.batch_size, section.trainer.num_accumulate)
-        if self.is_first:
-            data.prepare_data()
-        return data
-
-    def trainer(self, section: DictConfig) -> L.Trainer:
-        """Lightning's trainer, with our checkpoints, our callbacks and none of its own."""
-        chosen = {key: section.get(key) if section.get(key) is not None else self.cfg[key] for key in ("strategy", "precision")}
-        accelerator = "cuda" if self.cfg.accelerator == "gpu" else self.cfg.accelerator
-        with _told("accelerator"):
-            return L.Trainer(
-                accelerator=accelerator,
-                devices=self.cfg.devices,
-                num_nodes=self.cfg.num_nodes,
-                strategy=build(chosen["strategy"]),
-                precision=chosen["precision"],
-                max_steps=section.trainer.max_steps,
-                max_epochs=-1,
-                accumulate_grad_batches=section.trainer.num_accumulate,
-                callbacks=[build(node) for node in section.callback.values() if node],
-                plugins=[CommitIO()] + ([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []),
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                num_sanity_val_steps=0,
-                limit_val_batches=0,
-                default_root_dir=self.directory,
-            )
-
-    def fit(self, stage: Stage, data: L.LightningDataModule, section: DictConfig) -> dict[str, Any]:
-        """Trains a stage to its last step, from its newest valid checkpoint, and returns its summary."""
-        context = stage.context
-        started = time.monotonic()
-        self.tracker_start(context.stage)
-        trainer = self.trainer(section)
-        if self.cfg.accelerator == "cpu" and self.cfg.devices != 1 and trainer.world_size == 1:
-            raise ConfigError("devices on a CPU is a number of processes")
-        data.setup()
-        context.data_fingerprint = data.fingerprint
-        checkpoint = find_resume(context.directory / "checkpoints", self.cfg.resume)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(stage, datamodule=data, ckpt_path=checkpoint)
-        stage.to(trainer.strategy.root_device)
-        stage.eval()
-        with stage.averaged_weights():
-            summary = stage.finish()
-        summary |= {"steps": trainer.global_step, "images": stage.images_seen, "data": data.accounting()}
-        summary |= {"world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__, "parameters": sum(p.numel() for p in stage.parameters())}
-        return summary | {"seconds": time.monotonic() - started}
-
-    def tracker_start(self, stage: str) -> None:
-        """Mirrors open their run of this stage."""
-        if self.is_first:
-            self.tracker.start(self.directory, self.cfg.name, stage, resolve_and_redact(self.cfg))
-
-    def write_summary(self, stage: str, summary: dict[str, Any]) -> None:
-        """Adds a stage's figures to summary.json, atomically."""
-        if not self.is_first:
-            return
-        path = self.directory / "summary.json"
-        whole = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
-        whole[stage] = {k: v for k, v in summary.items() if k not in ("seconds", "world_size", "strategy")}
-        whole["seconds"][stage] = round(summary["seconds"], 1)
-        whole["seconds"]["total"] = round(sum(v for k, v in whole["seconds"].items() if k != "total"), 1)
-        whole |= {"world_size": summary["world_size"], "strategy": summary["strategy"], "name": self.cfg.name}
-        part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(whole, indent=2))
-        part.replace(path)
-        self.tracker.finish(summary)
 
 
 def run(cfg: DictConfig) -> int:
@@ -155,92 +29,91 @@ def run(cfg: DictConfig) -> int:
         ConfigError: for what the user can mend; the process then ends with 2.
         RunError: for a stop with a code of its own.
     """
-    torch.set_float32_matmul_precision("high")
-    L.seed_everything(cfg.seed, verbose=False)
-    made = Run(cfg)
-    with _exit_recorded(made):
-        for stage in cfg.stages:
-            if _is_done(made, stage):
-                print(f"{stage}: finished before, not repeated", flush=True)
-                continue
-            {"autoencoder": run_autoencoder, "diffusion": run_diffusion}[stage](made)
-    if made.is_first:
-        report = write_report(made.directory)
-        print(f"\nreport: {report}\nnext:   {_next_command(made)}", flush=True)
+    session = Session(cfg)
+    stages = {"autoencoder": run_autoencoder, "diffusion": run_diffusion}
+    with session.recorded():
+        for name in cfg.stages:
+            done = session.summary().get(name, {}).get("steps", -1) >= cfg[name].trainer.max_steps
+            if done and cfg.resume != "never":
+                print(f"{name}: finished before, not repeated", flush=True)
+            else:
+                stages[name](session)
+        if session.is_first:
+            print(f"\nreport  {write_report(session.directory)}\nnext    {next_command(session)}", flush=True)
     return 0
 
 
-def run_autoencoder(run: Run) -> None:
+def run_autoencoder(session: Session) -> None:
     """Stage 1: the perceptual network where it is trained here, the autoencoder, the manifest."""
-    cfg, section = run.cfg, run.cfg.autoencoder
+    cfg, section, started = session.cfg, session.cfg.autoencoder, time.monotonic()
+    L.seed_everything(cfg.seed, verbose=False)
     first_stage = build(cfg.first_stage)
     if not list(first_stage.parameters()):
-        print("autoencoder: the first stage has nothing to train", flush=True)
+        print("autoencoder: this first stage has nothing to train", flush=True)
         return
-    if cfg.first_stage.get("weights"):
-        load_first_stage(first_stage, cfg.first_stage.weights, run.directory)
-    L.seed_everything(cfg.seed, verbose=False)
+    if cfg.first_stage.weights:
+        load_first_stage(first_stage, cfg.first_stage.weights)
     objective = build(section.objective)
     if section.recognition is not None and objective.perceptual is not None:
-        objective.perceptual.module.load(str(run_recognition(run)))
-    L.seed_everything(cfg.seed + 1, verbose=False)
-    context = run.context("autoencoder", section)
-    optim = build(section.optim)
-    metric = {name: build(node) for name, node in section.metric.items() if node}
-    stage = AutoencoderStage(context, first_stage, objective, optim, section.trainer.clip_norm, metric)
-    data = run.data(section)
-    summary = run.fit(stage, data, section)
+        objective.perceptual.module.load(str(run_recognition(session)))
+    stage = AutoencoderStage(
+        session.context("autoencoder", section),
+        first_stage=first_stage,
+        objective=objective,
+        optim=build(section.optim),
+        clip_norm=section.trainer.clip_norm,
+        metric=build_all(section.metric),
+    )
+    data = session.data(section)
+    summary = session.fit(stage, data, section)
     with stage.averaged_weights():
-        manifest = measure_latents(first_stage, data, data.image_size)
-        if run.is_first:
-            save_first_stage(first_stage, cfg.first_stage, context.directory)
-            manifest.save(context.directory / "manifest.json")
-    run.write_summary("autoencoder", summary)
+        manifest = measure_latents(first_stage, data)
+        if session.is_first:
+            save_first_stage(first_stage, cfg.first_stage, stage.context.directory)
+            manifest.save(stage.context.directory / "manifest.json")
+    session.write_summary("autoencoder", summary | {"weight_hash": manifest.weight_hash}, started)
 
 
-def run_recognition(run: Run) -> Path:
-    """The small recognition network of a perceptual loss, trained on the captions' words; its file."""
-    from safetensors.torch import save_file
-
-    section = run.cfg.autoencoder.recognition
-    path = run.directory / "recognition" / "vgg.safetensors"
+def run_recognition(session: Session) -> Path:
+    """The perceptual loss's network, trained to name the captions' words; the file of its weights."""
+    section, started = session.cfg.autoencoder.recognition, time.monotonic()
+    path = session.directory / "recognition" / "vgg.safetensors"
     if path.exists():
         return path
-    data = run.data(section)
-    data.setup()
+    data = session.data(section)
     words = vocabulary(data.captions("train"), section.num_words)
     if not words:
         print("recognition: no word stands in two captions; its features stay random", flush=True)
-    L.seed_everything(run.cfg.seed + 2, verbose=False)
-    context = run.context("recognition", section)
-    stage = RecognitionStage(context, build(section.network), words, build(section.optim), section.trainer.clip_norm)
-    summary = run.fit(stage, data, section)
-    if run.is_first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in stage.network.state_dict().items()}, part)
-        part.replace(path)
-    run.write_summary("recognition", summary)
+    stage = RecognitionStage(
+        session.context("recognition", section),
+        network=build(section.network),
+        words=words,
+        optim=build(section.optim),
+        clip_norm=section.trainer.clip_norm,
+    )
+    summary = session.fit(stage, data, section)
+    if session.is_first:
+        state = {name: tensor.cpu().contiguous() for name, tensor in stage.network.state_dict().items()}
+        save_file(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    session.write_summary("recognition", summary, started)
     return path
 
 
-def run_diffusion(run: Run) -> None:
-    """Stage 2: the denoiser on whitened latents of the frozen first stage."""
-    cfg, section = run.cfg, run.cfg.diffusion
-    data = run.data(section)
-    data.setup()
+def run_diffusion(session: Session) -> None:
+    """Stage 2: the denoiser, on whitened latents of the frozen first stage."""
+    cfg, section, started = session.cfg, session.cfg.diffusion, time.monotonic()
+    data = session.data(section)
     first_stage = build(cfg.first_stage)
-    manifest = first_stage_manifest(run, first_stage, data)
+    weight_hash = whiten_first_stage(session, first_stage, data)
     L.seed_everything(cfg.seed, verbose=False)
     model, conditioner = build(cfg.model), build(cfg.conditioner)
     if hasattr(conditioner, "prepare"):
-        conditioner.prepare(run.directory / "diffusion", lambda: data.captions("train"))
-    if cfg.model.get("weights"):
+        conditioner.prepare(session.directory / "diffusion", lambda: data.captions("train"))
+    if cfg.model.weights:
         load_model(model, cfg.model.weights)
-    decoded = build(section.decoded) if section.decoded else None
-    metric = {name: build(node) for name, node in section.metric.items() if node}
     stage = DiffusionStage(
-        run.context("diffusion", section),
+        session.context("diffusion", section),
         model=model,
         conditioner=conditioner,
         objective=build(cfg.objective),
@@ -248,99 +121,54 @@ def run_diffusion(run: Run) -> None:
         first_stage=first_stage,
         optim=build(section.optim),
         clip_norm=section.trainer.clip_norm,
-        metric=metric,
-        decoded=decoded,
+        metric=build_all(section.metric),
+        decoded=build(section.decoded) if section.decoded else None,
     )
     if section.cache_latents:
-        cache_latents(first_stage, data)
-    summary = run.fit(stage, data, section)
-    run.write_summary("diffusion", summary | {"first_stage": manifest.weight_hash if manifest else None})
+        cache_latents(first_stage, data, section.precision or cfg.precision)
+    summary = session.fit(stage, data, section)
+    session.write_summary("diffusion", summary | {"first_stage": weight_hash}, started)
 
 
-def first_stage_manifest(run: Run, first_stage: torch.nn.Module, data: L.LightningDataModule) -> Manifest | None:
-    """Loads the frozen first stage and gives it its whitening: this run's own, or weights from elsewhere, measured at first use."""
+def whiten_first_stage(session: Session, first_stage: torch.nn.Module, data: L.LightningDataModule) -> str | None:
+    """Loads the frozen first stage with its whitening: this run's, or weights from elsewhere, measured at first use.
+
+    Raises:
+        ConfigError: where there is none, or the run was begun with another.
+    """
     if not list(first_stage.parameters()):
         return None
-    weights = run.cfg.first_stage.get("weights")
-    own = run.directory / "autoencoder"
+    own, weights = session.directory / "autoencoder", session.cfg.first_stage.weights
     if not weights and not (own / "manifest.json").exists():
-        raise ConfigError(f"stage 2 needs a first stage, and {own} holds none: add autoencoder to stages, or set first_stage.weights")
-    path = load_first_stage(first_stage, weights or str(own), run.directory)
-    if path is None:
-        path = run.directory / "first_stage.manifest.json"
-        if not path.exists():
-            measured = measure_latents(first_stage, data, data.image_size)
-            if run.is_first:
-                measured.save(path)
-    manifest = Manifest.load(path)
+        raise ConfigError(
+            f"stage 2 needs a first stage, and {own} holds no finished one: "
+            "add autoencoder to stages, or set first_stage.weights"
+        )
+    found = load_first_stage(first_stage, weights or str(own))
+    beside = session.directory / "first_stage.manifest.json"
+    if found is not None or beside.exists():
+        manifest = Manifest.load(found or beside)
+    else:
+        manifest = measure_latents(first_stage, data)
     manifest.apply(first_stage)
-    pinned = run.directory / "diffusion" / "first_stage.json"
+    pinned = session.directory / "diffusion" / "first_stage.json"
     if pinned.exists():
         Manifest.load(pinned).require(manifest)
-    elif run.is_first:
+    elif session.is_first:
         manifest.save(pinned)
-    return manifest
+        if found is None:
+            manifest.save(beside)
+    barrier()
+    return manifest.weight_hash
 
 
-@torch.no_grad()
-def measure_latents(first_stage: torch.nn.Module, data: L.LightningDataModule, image_size: int, num_images: int = 4096) -> Manifest:
-    """The latent statistics over training pictures, in order."""
-    num = min(num_images, data.splits["train"])
-    device = next(first_stage.parameters()).device
-
-    def moments() -> Iterator[torch.Tensor]:
-        for start in range(0, num, 128):
-            image = data.load("train", range(start, min(start + 128, num)), as_images=True)["image"].to(device)
-            yield torch.stack(first_stage.encode(image), dim=1).cpu()
-
-    return measure(first_stage, moments(), image_size)
+def build_all(section: DictConfig) -> dict[str, object]:
+    """The parts of a section by name, those that are null left out."""
+    return {name: build(node) for name, node in section.items() if node}
 
 
-@torch.no_grad()
-def cache_latents(first_stage: torch.nn.Module, data: L.LightningDataModule) -> None:
-    """Encodes every picture once, in order and in fixed batches, so that a resumed run holds the same bits."""
-    for split in ("train", "val"):
-        parts = []
-        for start in range(0, data.splits[split], 128):
-            image = data.load(split, range(start, min(start + 128, data.splits[split])))["image"]
-            parts.append(torch.stack(first_stage.encode(image), dim=1).half())
-        data.attach_latents(split, torch.cat(parts))
-
-
-def _is_done(run: Run, stage: str) -> bool:
-    """A stage is finished when its summary stands at its last step."""
-    path = run.directory / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    return stage in summary and summary[stage]["steps"] >= run.cfg[stage].trainer.max_steps
-
-
-def _next_command(run: Run) -> str:
-    if "diffusion" in run.cfg.stages:
-        return f'python tools/sample.py {run.cfg.output_dir} "a big red star on a white background, in the center"'
-    return f"python -m sdtrain ... stages=[diffusion] output_dir={run.cfg.output_dir}"
-
-
-@contextmanager
-def _told(key: str) -> Iterator[None]:
-    """Lightning's complaints about the machine as ours."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    try:
-        yield
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def _exit_recorded(run: Run) -> Iterator[None]:
-    """DIR/exit.json says how the run ended, under any launcher."""
-    code, why = 1, "crashed"
-    try:
-        yield
-        code, why = 0, "done"
-    except (ConfigError, RunError) as error:
-        code, why = error.exit_code, str(error).splitlines()[0]
-        raise
-    finally:
-        if run.is_first:
-            (run.directory / "exit.json").write_text(json.dumps({"exit_code": code, "reason": why}))
+def next_command(session: Session) -> str:
+    """What to type after this."""
+    if "diffusion" in session.cfg.stages:
+        return f'python tools/sample.py {session.cfg.output_dir} "a big red star on a white background, in the center"'
+    return f"the same command with stages=[diffusion] output_dir={session.cfg.output_dir}"

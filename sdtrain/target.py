@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +18,6 @@ ROOMS = {
     *("objective", "model", "first_stage", "conditioner", "sampler", "data", "metric", "optim", "checkpoint"),
     *("callback", "strategy", "tracker"),
 }
-LIBRARY = re.compile(r"torch\.optim\.[A-Z]\w*")  # narrow on purpose: bare `torch.` reaches a shell
 NODE_KEYS = {"_target_", "_partial_"}  # `_args_`, `_recursive_` and `_convert_` would get around the checks below
 READ_BY_RUN = {"first_stage.weights", "model.weights"}  # by `run.py`, as loading stands above the parts
 EXTERNAL_WITHOUT_ARGUMENTS = {"object", "Module", "Callback", "Protocol", "ABC"}
@@ -55,22 +53,17 @@ def nearest(word: str, known: Iterator[str] | list[str] | set[str]) -> str:
 
 
 def check_allowed(target: Any, path: str) -> None:
-    """Refuse every target but a public name in one of sdtrain's rooms or one of the few library classes."""
+    """Refuse every target but a public name in one of sdtrain's rooms: a library's can reach a shell."""
     words = target.split(".") if isinstance(target, str) else []
-    in_house = len(words) > 3 and words[0] == "sdtrain" and words[1] in ROOMS
-    if not (in_house and not any(w.startswith("_") for w in words)) and not LIBRARY.fullmatch(str(target)):
-        raise ConfigError(
-            f"{path}._target_ '{target}' is not allowed; write sdtrain.<room>.<file>.<Class> or torch.optim.<Class>"
-        )
+    is_public = not any(word.startswith("_") for word in words)
+    if not (len(words) > 3 and words[0] == "sdtrain" and words[1] in ROOMS and is_public):
+        raise ConfigError(f"{path}._target_ '{target}' is not allowed; write sdtrain.<room>.<file>.<Class>")
 
 
 def check_node(path: str, node: dict[str, Any]) -> None:
     """Refuse a node whose target is not allowed or missing, or whose arguments it does not take."""
     target = node["_target_"]
-    check_allowed(target, path)
     signature = read_signature(target, path)
-    if signature is None:
-        return
     for name, value in node.items():
         where = f"{path}.{name}"
         if name in NODE_KEYS or where in READ_BY_RUN:
@@ -87,15 +80,10 @@ def check_node(path: str, node: dict[str, Any]) -> None:
             raise ConfigError(f"{where} must be {wanted}, not {value!r}")
 
 
-def read_signature(target: str, path: str = "") -> Signature | None:
-    """The target's signature out of its source file; None for a library class, which is checked when it is built."""
-    if not target.startswith("sdtrain."):
-        return None
-    return _signature(target, path)
-
-
 @cache
-def _signature(target: str, path: str) -> Signature:
+def read_signature(target: str, path: str = "") -> Signature:
+    """The target's signature out of its source file. Raises ConfigError where it is not allowed or not there."""
+    check_allowed(target, path)
     _, *words = target.split(".")
     num_folders = next(
         (n for n in range(len(words), 0, -1) if PACKAGE.joinpath(*words[:n]).with_suffix(".py").is_file()), 0

@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from sdtrain import __main__
+from sdtrain.errors import ConfigError, RunError
 from sdtrain.sweep import jobs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,23 +38,20 @@ finally:
 """
 
 
-@pytest.mark.parametrize("asked", [["--help"], ["experiment=smoke", "--cfg", "job"], ["+experiment=smoke", "seed=x"]])
-def test_help_config_and_mistakes_import_nothing_heavy(asked: list[str]) -> None:
-    done = sdtrain(*asked, code=LIGHT)
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["--help"], ["python -m sdtrain +experiment=quickstart", "\nexperiment: ", "\nobjective: ", "\nsampler: "]),
+        (["experiment=smoke", "--cfg", "job", "--resolve"], ["name: smoke", "_target_: sdtrain.model.unet.UNet"]),
+        (["+experiment=smoke", "seed=x"], []),
+    ],
+)
+def test_help_config_and_mistakes_answer_without_torch_and_leave_nothing(
+    asked: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    done = sdtrain(*asked, code=LIGHT, cwd=tmp_path)
     assert "HEAVY []" in done.stdout, done.stderr
-
-
-def test_help_names_the_groups_and_a_command() -> None:
-    text = sdtrain("--help").stdout
-    assert "python -m sdtrain +experiment=quickstart" in text
-    for group in ("data", "experiment", "model", "objective", "sampler"):
-        assert f"\n{group}: " in text
-
-
-def test_the_config_is_shown_without_running(tmp_path: Path) -> None:
-    done = sdtrain("experiment=smoke", "--cfg", "job", "--resolve", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "_target_: sdtrain.model.unet.UNet" in done.stdout
+    assert all(text in done.stdout for text in expected)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -67,9 +67,7 @@ def test_completion_answers() -> None:
     ("typed", "expected"),
     [
         (["experiment=smoke", "diffusion.trainer.max_step=3"], "did you mean 'diffusion.trainer.max_steps'?"),
-        (["+experiment=smoke", "model=unett"], "did you mean 'unet'?"),
         (["+experiment=smoke", "--seed=3"], "the option --seed=3 is not known; write key=value"),
-        (["+experiment=smoke", "--config-path", "x"], "--config-dir"),
         (["-m", "+experiment=smoke", "seed=1,b"], "seed must be a whole number, not 'b'"),
     ],
 )
@@ -100,40 +98,60 @@ cli()
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "expected"),
+    ("raised", "code", "expected"),
     [
-        ("return object()", 0, ""),
-        ("raise ConfigError('this file is missing')", 2, "error: this file is missing"),
-        ("raise RunError('no checkpoint', 3)", 3, "error: no checkpoint"),
-        ("raise RunError('not finite', 76)", 76, "error: not finite"),
-        ("raise KeyboardInterrupt", 75, "stopped"),
-        ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug"),
+        (None, 0, ""),
+        (ConfigError("this file is missing"), 2, "error: this file is missing\n"),
+        (RunError("no checkpoint", 3), 3, "error: no checkpoint\n"),
+        (RunError("not finite", 76), 76, "error: not finite\n"),
+        (KeyboardInterrupt(), 75, "stopped\n"),
     ],
 )
-def test_what_a_run_raises_becomes_the_exit_code(body: str, code: int, expected: str, tmp_path: Path) -> None:
-    done = sdtrain("experiment=smoke", code=DOOR.format(body=body), cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert "ran" in done.stdout
-    assert expected in (done.stderr if code == 1 else done.stderr.partition("\n")[0])
-    assert ("Traceback" in done.stderr) == (code == 1)
+def test_what_a_run_raises_becomes_the_exit_code(
+    raised: BaseException | None,
+    code: int,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(cfg: DictConfig) -> object:
+        if raised:
+            raise raised
+        return cfg
+
+    monkeypatch.setitem(sys.modules, "sdtrain.run", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(sys, "argv", ["sdtrain", "experiment=smoke"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # what the call sets is taken back after the test
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        __main__.cli()
+    assert (left.value.code, capsys.readouterr().err) == (code, expected)
     assert list(tmp_path.iterdir()) == [], "Hydra left something behind"
 
 
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    done = sdtrain("experiment=smoke", code=DOOR.format(body="raise RuntimeError('a bug')"), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == "RuntimeError: a bug"
+
+
 def test_a_sweep_names_every_directory_by_what_changes() -> None:
-    found = jobs(["+experiment=smoke", "seed=1,2", "objective=epsilon,v", "diffusion.trainer.max_steps=7"])
+    found = jobs(["+experiment=smoke", "seed=1", "objective=epsilon,v", "sampler=ddim,euler"])
     directories = [job[-1].removeprefix("output_dir=").strip("'") for job in found]
     assert [Path(directory).name for directory in directories] == [
-        "seed=1,objective=epsilon",
-        "seed=1,objective=v",
-        "seed=2,objective=epsilon",
-        "seed=2,objective=v",
+        "objective=epsilon,sampler=ddim",
+        "objective=epsilon,sampler=euler",
+        "objective=v,sampler=ddim",
+        "objective=v,sampler=euler",
     ]
     assert all(Path(directory).parent == Path("outputs/smoke") for directory in directories)
-    assert all("diffusion.trainer.max_steps=7" in job for job in found)
+    assert all("seed=1" in job for job in found)
 
 
 def test_a_sweep_keeps_to_the_directory_it_is_given() -> None:
-    found = jobs(["+experiment=smoke", "output_dir=/tmp/a b", "model.block_out_channels='[32,64]','[64,64]'"])
+    found = jobs(["+experiment=smoke", "output_dir=/tmp/a b", "model.block_out_channels=[32,64],[64,64]"])
     assert [Path(job[-1].removeprefix("output_dir=").strip("'")).parent for job in found] == [Path("/tmp/a b")] * 2
     assert len({job[-1] for job in found}) == 2
     assert jobs(["+experiment=smoke", "output_dir=/tmp/a,/tmp/b"])[1][-1] == "output_dir=/tmp/b"
@@ -150,12 +168,10 @@ cli()
 
 
 def test_a_sweep_runs_every_job_and_the_first_code_survives(tmp_path: Path) -> None:
-    body = "raise RunError('lost', {1: 76, 2: 3}[cfg.seed]) if cfg.seed in (1, 2) else None"
-    body = f"\n    if cfg.seed < 3: {body.partition(' if ')[0]}"
-    code = CHILD.format(code=DOOR.format(body=body))
-    done = sdtrain("-m", "experiment=smoke", "seed=3,1,2", code=code, cwd=tmp_path)
+    code = CHILD.format(code=DOOR.format(body="raise RunError('lost', {1: 76, 2: 3}[cfg.seed])"))
+    done = sdtrain("-m", "experiment=smoke", "seed=1,2", code=code, cwd=tmp_path)
     ran = [line for line in done.stdout.splitlines() if line.startswith("ran")]
-    assert ran == [f"ran {seed} outputs/smoke/seed={seed}" for seed in (3, 1, 2)]
+    assert ran == [f"ran {seed} outputs/smoke/seed={seed}" for seed in (1, 2)]
     assert done.returncode == 76
 
 

@@ -31,7 +31,7 @@ class Checkpoint(Callback):
         if step == self._saved_step:
             return
         path = trainer.lightning_module.context.directory / "checkpoints" / f"step_{step:08d}"
-        trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(path)
         self._saved_step = step
         if trainer.is_global_zero:
             prune(path, self.keep_last)

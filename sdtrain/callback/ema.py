@@ -1,4 +1,6 @@
-"""Keeps the exponential moving average of a stage's weights: one update an optimizer step, saved and restored with the run."""
+"""Keeps the exponential moving average of a stage's weights: one update an optimizer step, saved and restored with
+the run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from typing_extensions import override
 
 from sdtrain.optim.ema import EMA as Average
 
@@ -36,10 +39,12 @@ class EMA(L.Callback):
             self._last_step = trainer.global_step
             pl_module.ema.update()
 
+    @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Becomes ema.safetensors."""
         checkpoint["ema"] = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.ema.state_dict().items()}
 
+    @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before `on_fit_start`; kept until then."""
         self._saved = {k: torch.as_tensor(v) for k, v in checkpoint["ema"].items()}

@@ -9,9 +9,15 @@ from sdtrain.ops.random import Draw
 
 
 class Nothing(nn.Module):
-    """An empty conditioning; guidance has nothing to guide by."""
+    """An empty conditioning; guidance has nothing to guide by.
 
-    width = None
+    Args:
+        width: null, as there is no context for a denoiser to attend to.
+    """
+
+    def __init__(self, width: None = None) -> None:
+        super().__init__()
+        self.width = width
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:  # noqa: ARG002 the signature all share
         return {}

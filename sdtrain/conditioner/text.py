@@ -1,4 +1,6 @@
-"""Text as a condition: a CLIP text model (Radford et al. 2021), pretrained from a local folder or small and trained jointly."""
+"""Text as a condition: a CLIP text model (Radford et al. 2021), pretrained from a local folder or small and trained
+jointly.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _START, _END, _PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (Sennrich et al. 2016) learned from captions: any text can be written in it, frequent words are one token."""
+    """A byte-level BPE (Sennrich et al. 2016) learned from captions: any text can be written in it, frequent words
+    are one token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -40,10 +44,12 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> PreTrainedToken
 
 
 class Text(nn.Module):
-    """Captions -> the last hidden states of a CLIP text model, (B, max_tokens, width). The null condition is the empty caption.
+    """Captions -> the last hidden states of a CLIP text model, (B, max_tokens, width). The null condition is the
+    empty caption.
 
     Args:
-        pretrained: a local folder with a CLIP text model and its tokenizer; null builds a small one, whose tokenizer is learned
+        pretrained: a local folder with a CLIP text model and its tokenizer; null builds a small one, whose tokenizer
+            is learned
             from the training captions.
         trained: whether its weights learn. A model from nothing always must.
         dropout: share of the training captions that are replaced by the empty one (Ho and Salimans 2021, algorithm 1).
@@ -70,7 +76,11 @@ class Text(nn.Module):
         self._ids: dict[str, list[int]] = {}
         if pretrained is None:
             if not trained:
-                raise ConfigError("conditioner.trained=false needs conditioner.pretrained: an untrained encoder says nothing")
+                raise ConfigError(
+                    "conditioner.trained=false needs conditioner.pretrained: an untrained encoder says nothing"
+                )
+            if vocab_size < 259:
+                raise ConfigError(f"conditioner.vocab_size={vocab_size}: the bytes and marks alone are at least 259")
             self.tokenizer = None
             self.encoder = CLIPTextModel(
                 CLIPTextConfig(
@@ -89,11 +99,18 @@ class Text(nn.Module):
         else:
             self.tokenizer, self.encoder = _load(pretrained)
             if width != self.encoder.config.hidden_size:
-                raise ConfigError(f"conditioner.width is {width}, but {pretrained} has {self.encoder.config.hidden_size}")
+                raise ConfigError(
+                    f"conditioner.width is {width}, but {pretrained} has {self.encoder.config.hidden_size}"
+                )
+            longest = self.encoder.config.max_position_embeddings
+            if max_tokens > longest:
+                raise ConfigError(f"conditioner.max_tokens is {max_tokens}, but {pretrained} reads at most {longest}")
         self.encoder.requires_grad_(trained)
 
     def prepare(self, directory: Path, captions: Callable[[], Sequence[str]]) -> None:
-        """Loads the tokenizer from DIR, or learns it from the captions and writes it there. A pretrained one has its own."""
+        """Loads the tokenizer from DIR, or learns it from the captions and writes it there. A pretrained one has its
+        own.
+        """
         if self.tokenizer is not None:
             return
         path = directory / "tokenizer"
@@ -105,9 +122,9 @@ class Text(nn.Module):
         """(B, max_tokens) int64, cut and padded."""
         if self.tokenizer is None:
             raise RuntimeError("prepare() gives the conditioner its tokenizer first")
+        if len(self._ids) > 200_000:
+            self._ids.clear()
         for text in set(captions) - self._ids.keys():
-            if len(self._ids) > 200_000:
-                self._ids.clear()
             self._ids[text] = self.tokenizer(
                 text, padding="max_length", truncation=True, max_length=self.max_tokens
             ).input_ids
@@ -134,11 +151,12 @@ def _load(folder: str) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:
 
     if not Path(folder).is_dir():
         raise ConfigError(
-            f"conditioner.pretrained: no folder {folder}; it wants a local CLIP text model (config.json, model.safetensors, "
-            "tokenizer files), such as the text_encoder and tokenizer of openai/clip-vit-large-patch14"
+            f"conditioner.pretrained: no folder {folder}; it wants a local CLIP text model (config.json, "
+            "model.safetensors, tokenizer files), such as text_encoder and tokenizer of openai/clip-vit-large-patch14"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return tokenizer, CLIPTextModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        # float32 whatever it was saved in: transformers would keep float16.
+        return tokenizer, CLIPTextModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
     except (OSError, ValueError) as error:
         raise ConfigError(f"conditioner.pretrained: {folder} cannot be read: {str(error).splitlines()[0]}") from error

@@ -38,6 +38,7 @@ class ShardDataModule(L.LightningDataModule):
         num_workers: DataLoader workers; any number gives the same batches.
         cache_bytes: so much memory may hold decoded pictures when there are no workers.
         max_bad_fraction: more bad samples than this among the last thousand end the run.
+        max_samples: train on the first so many alone.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class ShardDataModule(L.LightningDataModule):
         num_workers: int = 0,
         cache_bytes: int = 1 << 30,
         max_bad_fraction: float = 0.1,
+        max_samples: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction: {val_fraction} is not between 0 and 1")
         self.image_size, self.num_workers, self.cache_bytes = image_size, num_workers, cache_bytes
-        self.val_fraction, self.max_bad_fraction = val_fraction, max_bad_fraction
+        self.val_fraction, self.max_bad_fraction, self.max_samples = val_fraction, max_bad_fraction, max_samples
         self._shards: dict[str, Shards] = {"train": shards}
         if val_shards is not None:
             self._shards["val"] = val_shards
@@ -77,6 +79,8 @@ class ShardDataModule(L.LightningDataModule):
         indices = {split: self._index(split) for split in self._shards}
         if "val" not in indices:
             indices["train"], indices["val"] = self._split(indices["train"])
+        if self.max_samples is not None:
+            indices["train"] = indices["train"].subset(np.arange(min(self.max_samples, len(indices["train"]))))
         left = self.cache_bytes
         for split, index in indices.items():
             num_cached = min(len(index), left // (self.image_size**2 * 3))

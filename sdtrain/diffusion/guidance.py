@@ -22,7 +22,8 @@ def classifier_free(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[Tensor, float], Tensor]:
-    """`denoise(x_t, t) -> x0` that moves from the null prediction past the conditional one (Ho and Salimans 2021, equation 6).
+    """`denoise(x_t, t) -> x0` that moves from the null prediction past the conditional one (Ho and Salimans 2021,
+    equation 6).
 
     Args:
         x0_of: the network's x0 for (x_t, t, conditioning).

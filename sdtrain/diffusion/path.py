@@ -1,6 +1,7 @@
 """Noise paths: x_t = alpha(t) x0 + sigma(t) noise on t in [0, 1], data at 0, noise at 1, with their time derivatives.
 
-A path also says how a network counts time (`network_time`), so that the schedule that trains is the schedule that samples.
+A path also says how a network counts time (`network_time`), so that the schedule that trains is the schedule that
+samples.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class VariancePreserving:
     t = i / (num_steps - 1) is exactly step i, and `network_time` is then i.
 
     Args:
-        schedule: "scaled_linear" (Stable Diffusion), "linear" (DDPM) in beta, or "cosine" in alpha-bar (Nichol and Dhariwal
+        schedule: "scaled_linear" (Stable Diffusion), "linear" (DDPM) in beta, or "cosine" in alpha-bar (Nichol and
+            Dhariwal
             2021, equation 17).
         beta_start, beta_end: of the first and last step, for the two linear schedules.
     """

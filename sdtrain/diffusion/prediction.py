@@ -5,7 +5,8 @@ With x_t = a x0 + s n (a, s and their derivatives from the path):
     x0        x0
     v         a n - s x0                     (Salimans and Ho 2022, appendix D)
     velocity  da x0 + ds n, which is dx_t/dt (Lipman et al. 2022)
-Each is linear in (x0, n), so each inverts by a two-by-two solve; a prediction that does not determine x0 at some t (epsilon where
+Each is linear in (x0, n), so each inverts by a two-by-two solve; a prediction that does not determine x0 at some t
+(epsilon where
 alpha is 0) is refused by name.
 """
 
@@ -59,10 +60,14 @@ def to_x0(kind: Prediction, prediction: Tensor, x_t: Tensor, at: PathPoint) -> T
     Raises:
         ValueError: where the prediction does not determine x0 (epsilon at alpha = 0).
     """
+    if kind == "x0":
+        return prediction
     c, d = coefficients(kind, at)
     determinant = at.alpha * d - at.sigma * c  # of [[alpha, sigma], [c, d]]
     if bool((determinant == 0).any()):
-        raise ValueError(f"a prediction of {kind} does not determine x0 where alpha is 0; predict v, x0 or velocity there")
+        raise ValueError(
+            f"a prediction of {kind} does not determine x0 where alpha is 0; predict v, x0 or velocity there"
+        )
     return (d * x_t - at.sigma * prediction) / determinant
 
 

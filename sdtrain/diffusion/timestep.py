@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sdtrain.ops.random import Draw
+if TYPE_CHECKING:
+    from sdtrain.ops.random import Draw
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """sigmoid of a normal (Esser et al. 2024, equation 19), then the resolution shift t' = s t / (1 + (s - 1) t) (equation 23).
+    """sigmoid of a normal (Esser et al. 2024, equation 19), then the resolution shift t' = s t / (1 + (s - 1) t)
+    (equation 23).
 
     Args:
         mean, std: of the normal.

@@ -15,7 +15,7 @@ from sdtrain.diffusion.prediction import Prediction, x0_error_weight
 class Unit:
     """Every t counts alike."""
 
-    def __call__(self, kind: Prediction, at: PathPoint) -> Tensor:
+    def __call__(self, kind: Prediction, at: PathPoint) -> Tensor:  # noqa: ARG002 all weightings are called so
         """(B,) -> (B,)."""
         return torch.ones_like(at.alpha)
 

@@ -131,6 +131,10 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(latent_channels, out_channels, *shared)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        moments = self.encoder.conv_out if self.quant_conv is None else self.quant_conv
+        # A posterior that starts as wide as the prior drowns the latents, and the first hundreds of steps only narrow
+        # it.
+        nn.init.constant_(moments.bias[latent_channels:], -6.0)
         self.latent_channels, self.down_factor = latent_channels, 2 ** (len(widths) - 1)
         self.shift, self.scale = [0.0] * latent_channels, [1.0] * latent_channels
         self.to(memory_format=torch.channels_last)

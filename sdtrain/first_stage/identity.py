@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,17 @@ from sdtrain.contracts import Posterior
 
 
 class Identity(nn.Module):
-    """Pixels are the latents. It has nothing to train, so the run skips stage 1."""
+    """Pixels are the latents. It has nothing to train, so the run skips stage 1.
 
-    latent_channels, down_factor = 3, 1
+    Args:
+        latent_channels: of a picture: 3.
+    """
 
-    def __init__(self) -> None:
+    down_factor = 1
+
+    def __init__(self, latent_channels: Literal[3] = 3) -> None:
         super().__init__()
+        self.latent_channels = latent_channels
         self.shift, self.scale = [0.0] * 3, [1.0] * 3
 
     def encode(self, image: Tensor) -> Posterior:

@@ -1,4 +1,6 @@
-"""The stage contract: what stage 2, every latent cache and every export must know of the first stage, and refuse to guess."""
+"""The stage contract: what stage 2, every latent cache and every export must know of the first stage, and refuse to
+guess.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from sdtrain.errors import ConfigError
 
 @dataclass(frozen=True)
 class Manifest:
-    """DIR/autoencoder/manifest.json. The statistics are of the posterior's samples over `num_images` training pictures."""
+    """DIR/autoencoder/manifest.json. The statistics are of the posterior's samples over `num_images` training
+    pictures.
+    """
 
     weight_hash: str
     down_factor: int
@@ -78,11 +82,11 @@ class Manifest:
         found["latent_channels"] = first_stage.latent_channels
         for name, value in found.items():
             if value != getattr(self, name):
-                raise ConfigError(f"the stage manifest is of another first stage: {name} {getattr(self, name)}, here {value}")
+                raise ConfigError(
+                    f"the stage manifest is of another first stage: {name} {getattr(self, name)}, here {value}"
+                )
         first_stage.shift = list(self.latent_mean)
         first_stage.scale = [1.0 / max(std, 1e-6) for std in self.latent_std]
-
-
 
 
 def weight_hash(module: nn.Module) -> str:

@@ -62,16 +62,16 @@ def load_strictly(module: nn.Module, file: Path, key: str) -> None:
     for name in sorted(own.keys() | state.keys()):
         ours, theirs = (tuple(s[name].shape) if name in s else None for s in (own, state))
         if ours != theirs:
-            raise ConfigError(f"{key}: {file} does not fit the configured part: {name} is {theirs} there and {ours} here")
+            raise ConfigError(
+                f"{key}: {file} does not fit the configured part: {name} is {theirs} there and {ours} here"
+            )
     module.load_state_dict(state)
 
 
-def load_first_stage(first_stage: nn.Module, path: str, run_directory: Path) -> Path | None:
+def load_first_stage(first_stage: nn.Module, path: str) -> Path | None:
     """Loads the weights; returns the manifest that came with them, or None for weights from elsewhere."""
     place = Path(path).expanduser()
-    if not place.is_absolute() and not place.exists() and (run_directory / place).exists():
-        place = run_directory / place
-    load_strictly(first_stage, find(str(place), "first_stage.weights", ("vae", "autoencoder/vae")), "first_stage.weights")
+    load_strictly(first_stage, find(path, "first_stage.weights", ("vae", "autoencoder/vae")), "first_stage.weights")
     for manifest in (place / "manifest.json", place / "autoencoder" / "manifest.json"):
         if manifest.is_file():
             return manifest

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 
 def sinusoidal(time: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
-    """Sinusoidal embedding (Vaswani et al. 2017, section 3.5) of (B,) times as the network counts them -> (B, dim) float32."""
+    """Sinusoidal embedding (Vaswani et al. 2017, section 3.5) of (B,) times as the network counts them -> (B, dim)
+    float32.
+    """
     half = dim // 2
     exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - freq_shift)
     angle = time.float()[:, None] * exponent.exp()[None]  # (B, dim / 2)

@@ -20,7 +20,7 @@ class Frozen(nn.Module):
         self.__dict__["module"] = module.requires_grad_(False).eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        self.module._apply(fn, recurse)
+        self.module._apply(lambda held: held.to(fn(held).device), recurse)
         return super()._apply(fn, recurse)
 
     def forward(self, *args: Any) -> Any:  # noqa: ANN401 whatever the held one takes

@@ -7,10 +7,15 @@ from torch.nn import functional as F
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` (Wu and He 2018), in float32 on a CPU, where torch's bfloat16 channels-last kernel takes 4 times as long
+    """`nn.GroupNorm` (Wu and He 2018), in float32 on a CPU, where torch's bfloat16 channels-last kernel takes 4 times
+    as long
     as converting there and back (measured: `tools/bench/group_norm.py`). Elsewhere the input's own precision is kept.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float() if x.device.type == "cpu" else x
+        if x.device.type == "cpu":
+            x = x.float()
+            if self.weight.requires_grad and not x.requires_grad:
+                # torch 2.13 segfaults in the channels-last backward without a gradient for x
+                x = x.detach().requires_grad_()
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -13,21 +15,25 @@ from sdtrain.errors import ConfigError
 from sdtrain.layer.vgg import VGG, VGG16
 
 _WHERE = (
-    "torchvision's VGG16 file vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth, 528 MB) and the linear heads "
-    "that torchmetrics ships (torchmetrics/functional/image/lpips_models/vgg.pth)"
+    "torchvision's VGG16 file vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth, 528 MB) "
+    "and the linear heads that torchmetrics ships (torchmetrics/functional/image/lpips_models/vgg.pth)"
 )
 
 
 def _read(path: str, key: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ConfigError(f"{key}: no file {path}; LPIPS wants {_WHERE}")
-    if path.endswith(".safetensors"):
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise ConfigError(f"{key}: {path} cannot be read as weights: {str(error).partition(chr(10))[0]}") from error
 
 
 class Perceptual(nn.Module):
-    """Mean over positions of the squared distance of unit-normalised features, weighted per channel, summed over blocks (equation 1).
+    """Mean over positions of the squared distance of unit-normalised features, weighted per channel, summed over
+    blocks (equation 1).
 
     It is frozen: gradients pass through it to the picture, never into it.
 
@@ -53,18 +59,24 @@ class Perceptual(nn.Module):
             self.load(weights)
         if heads is not None:
             state = _read(heads, "perceptual.heads")
-            for i, head in enumerate(self.heads):
-                head.data.copy_(state[f"lin{i}.model.1.weight"])
+            found = [state[name] for name in sorted(state) if name.endswith(".weight")]
+            if [head.shape for head in found] != [head.shape for head in self.heads]:
+                raise ConfigError(f"perceptual.heads: {heads} does not fit: its heads are {[len(h[0]) for h in found]}")
+            self.heads = nn.ParameterList(found)
         self.requires_grad_(False)
         self.eval()
 
     def load(self, weights: str) -> None:
-        """Reads the VGG's convolutions from a .safetensors or torch file; other members (classifiers) are left alone."""
+        """Reads the VGG's convolutions from a .safetensors or torch file; other members (classifiers) are left
+        alone.
+        """
         state = {k: v for k, v in _read(weights, "perceptual.weights").items() if k.startswith("features.")}
         try:
             self.vgg.load_state_dict(state)
         except RuntimeError as error:
-            raise ConfigError(f"perceptual.weights: {weights} does not fit: {str(error).splitlines()[1].strip()}") from error
+            raise ConfigError(
+                f"perceptual.weights: {weights} does not fit: {str(error).splitlines()[1].strip()}"
+            ) from error
         self.ready = True
 
     def features(self, image: Tensor) -> list[Tensor]:

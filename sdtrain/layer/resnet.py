@@ -9,7 +9,8 @@ from sdtrain.layer.norm import GroupNorm
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, around a shortcut; the timestep is added between the two (Ho et al. 2020, appendix B).
+    """GroupNorm, SiLU, convolution, twice, around a shortcut; the timestep is added between the two (Ho et al. 2020,
+    appendix B).
 
     Args:
         time_embed_dim: width of the timestep embedding, or None where there is none (an autoencoder).

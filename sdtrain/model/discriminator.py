@@ -9,7 +9,8 @@ from sdtrain.layer.norm import GroupNorm
 
 
 class PatchDiscriminator(nn.Module):
-    """Strided convolutions to a map of logits, one a patch. It normalises per sample (GroupNorm), so no picture sees its batch.
+    """Strided convolutions to a map of logits, one a patch. It normalises per sample (GroupNorm), so no picture sees
+    its batch.
 
     Args:
         width: channels of the first layer; doubled at each further one, up to eight times.

@@ -42,7 +42,8 @@ class UNet(nn.Module):
     Args:
         in_channels: of x_t plus whatever `concat` joins to it (9 for inpainting, 7 for upscaling, 8 for editing).
         out_channels: as the latent; twice that for a learned variance.
-        attention_head_dim: as in diffusers, the *number* of heads of each level (its configuration misnames it); a list for one a level.
+        attention_head_dim: as in diffusers, the *number* of heads of each level (its configuration misnames it); a
+            list for one a level.
         use_linear_projection: SD 2.x and XL; SD 1.x has 1x1 convolutions.
         num_class_embeds: a table of class labels, added to the timestep embedding.
         class_embed_type: "projection" adds a projected `pooled` vector of projection_class_embeddings_input_dim.
@@ -51,9 +52,8 @@ class UNet(nn.Module):
         ConfigError: for a block type it does not have, or lists of different lengths.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 the keys of diffusers' configuration
         self,
-        sample_size: int | None = None,
         in_channels: int = 4,
         out_channels: int = 4,
         down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -61,7 +61,7 @@ class UNet(nn.Module):
         block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
         layers_per_block: int = 2,
         transformer_layers_per_block: int = 1,
-        cross_attention_dim: int = 1280,
+        cross_attention_dim: int | None = 1280,
         attention_head_dim: int | Sequence[int] = 8,
         use_linear_projection: bool = False,
         norm_num_groups: int = 32,
@@ -83,8 +83,12 @@ class UNet(nn.Module):
                 raise ConfigError(
                     f"model: no block type {kind!r}; there are {', '.join(ATTENTION_BLOCKS + PLAIN_BLOCKS)}"
                 )
-        self.sample_size, self.in_channels, self.out_channels = sample_size, in_channels, out_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         widths = list(block_out_channels)
+        if not isinstance(attention_head_dim, int) and len(attention_head_dim) != levels:
+            raise ConfigError(
+                f"model: {levels} levels need {levels} of attention_head_dim, not {len(attention_head_dim)}"
+            )
         heads = [attention_head_dim] * levels if isinstance(attention_head_dim, int) else list(attention_head_dim)
         self.time_width = widths[0]
         temb = widths[0] * 4
@@ -116,6 +120,8 @@ class UNet(nn.Module):
         self.class_embedding = self._class_embedding(
             temb, num_class_embeds, class_embed_type, projection_class_embeddings_input_dim
         )
+        labels = "class_labels" if class_embed_type is None else "pooled"
+        self.seats = ("context", "context_mask", "concat") + ((labels,) if self.class_embedding is not None else ())
         self.down_blocks, skips, previous = nn.ModuleList(), [widths[0]], widths[0]
         for i, width in enumerate(widths):
             inputs = [previous] + [width] * (layers_per_block - 1)
@@ -156,7 +162,15 @@ class UNet(nn.Module):
         return None if num_classes is None else nn.Embedding(num_classes, temb)
 
     def forward(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), time (B,) as the network counts it, cond -> (B, out_channels, h, w)."""
+        """x (B, C, h, w), time (B,) as the network counts it, cond -> (B, out_channels, h, w).
+
+        Raises:
+            ConfigError: for a condition that the model has no seat for.
+        """
+        if unknown := cond.keys() - self.seats:
+            raise ConfigError(
+                f"model: no seat for the condition {', '.join(sorted(unknown))}; there are {', '.join(self.seats)}"
+            )
         context, mask = cond.get("context"), cond.get("context_mask")
         if "concat" in cond:
             x = torch.cat((x, cond["concat"].to(x.dtype)), dim=1)

@@ -1,9 +1,11 @@
 """Stage 1's objective: reconstruct, stay near a normal, look right, and fool a discriminator, in one backward.
 
-loss = (pixel + perceptual) / e^logvar + logvar + kl + w * generator(D with detached parameters) + discriminator(D, real, fake.detach())
+loss = (pixel + perceptual) / e^logvar + logvar + kl + w * generator(D with detached parameters) + discriminator(D,
+real, fake.detach())
 
 so the generator and the discriminator are two parameter groups of one optimizer, and each moves by its own loss alone.
-(Rombach et al. 2022, equation 25; hinge loss with the non-saturating generator term; adaptive w of Esser et al. 2021, equation 7.)
+(Rombach et al. 2022, equation 25; hinge loss with the non-saturating generator term; adaptive w of Esser et al. 2021,
+equation 7.)
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ class _ScaleGradient(torch.autograd.Function):
 class Autoencoding(nn.Module):
     """The losses of a KL autoencoder with an adversary.
 
-    The adaptive weight is the ratio of the two losses' gradients at the decoder's last layer. Both gradients are caught where the
-    branches meet at the reconstruction, during the one backward, so it costs two thin convolutions and no second backward. They are
+    The adaptive weight is the ratio of the two losses' gradients at the decoder's last layer. Both gradients are
+    caught where the
+    branches meet at the reconstruction, during the one backward, so it costs two thin convolutions and no second
+    backward. They are
     summed over micro-batches and ranks, once an optimizer step, and the weight serves the next step.
 
     Args:
@@ -105,8 +109,12 @@ class Autoencoding(nn.Module):
             total, terms = total + added, terms | adversarial
         return {"loss": total} | {name: value.detach() for name, value in terms.items()}
 
-    def _adversarial(self, image: Tensor, fake: Tensor, features: list[Tensor] | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The generator's and the discriminator's terms; before the start a zero that still touches every parameter of D."""
+    def _adversarial(
+        self, image: Tensor, fake: Tensor, features: list[Tensor] | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The generator's and the discriminator's terms; before the start a zero that still touches every parameter
+        of D.
+        """
         if features is None:
             zero = sum((p.sum() for p in self.discriminator.parameters()), torch.zeros((), device=image.device)) * 0.0
             return {"generator": zero, "discriminator": zero}, zero

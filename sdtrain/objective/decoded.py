@@ -9,7 +9,8 @@ from sdtrain.contracts import FirstStage, PathPoint
 
 
 class Decoded(nn.Module):
-    """weight * mean over samples of alpha(t)^2 / (alpha(t)^2 + sigma(t)^2) times the distance of the two decoded pictures.
+    """weight * mean over samples of alpha(t)^2 / (alpha(t)^2 + sigma(t)^2) times the distance of the two decoded
+    pictures.
 
     The noisier x_t is, the less its x0 can be known, and the less the loss counts.
 
@@ -27,6 +28,8 @@ class Decoded(nn.Module):
         picture = first_stage.decode(first_stage.unwhiten(predicted)).float()
         with torch.no_grad():
             real = first_stage.decode(first_stage.unwhiten(x0)).float()
-        distance = (picture - real).abs().flatten(1).mean(dim=1) if self.perceptual is None else self.perceptual(picture, real)
+        distance = (
+            (picture - real).abs().flatten(1).mean(dim=1) if self.perceptual is None else self.perceptual(picture, real)
+        )
         clean = at.alpha.square() / (at.alpha.square() + at.sigma.square())
         return self.weight * (clean * distance).mean()

@@ -1,4 +1,6 @@
-"""Stage 2's objective: predict what was mixed with noise. One class; path, prediction, times and weights come from YAML."""
+"""Stage 2's objective: predict what was mixed with noise. One class; path, prediction, times and weights come from
+YAML.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from sdtrain.ops.random import Draw
 
 
 class Denoising:
-    """Denoising score matching in any of its parametrisations (Ho et al. 2020; Salimans and Ho 2022; Lipman et al. 2022).
+    """Denoising score matching in any of its parametrisations (Ho et al. 2020; Salimans and Ho 2022; Lipman et al.
+    2022).
 
     loss = w(t) |network(x_t, t) - target|^2, the mean over elements, per sample.
 

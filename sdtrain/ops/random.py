@@ -1,6 +1,8 @@
-"""Counter-based random numbers: every draw is a function of (seed, purpose, epoch, sample id, position), of nothing else.
+"""Counter-based random numbers: every draw is a function of (seed, purpose, epoch, sample id, position), of nothing
+else.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in int64 tensor operations, so the integers
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in int64 tensor operations, so the
+integers
 are the same on every device, at any world size, in any order, before and after a resume.
 """
 
@@ -67,8 +69,9 @@ class Draw:
         return words.flatten(1)[:, :per_sample].reshape(-1, *shape)  # (B, *shape)
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
-        """(B, *shape) float32, uniform on the open interval (0, 1), in steps of 2^-24."""
-        return ((self.bits(purpose, shape) >> 8).float() + 0.5) * 2.0**-24
+        """(B, *shape) float32, uniform on the open interval (0, 1), in steps of 2^-23."""
+        # 23 bits and a half are 24: one bit more, and the largest would round to 1.
+        return ((self.bits(purpose, shape) >> 9).float() + 0.5) * 2.0**-23
 
     def normal(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) float32, standard normal (Box and Muller 1958)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,11 +53,17 @@ class AdamW:
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
         return 1.0 if self.decay == "constant" else 1.0 - (1 - self.final) * done
 
-    def build(self, parts: Mapping[str, Sequence[nn.Parameter]], max_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """Parts by name -> one optimizer, whose groups are named after their part, and its schedule in optimizer steps."""
+    def build(
+        self, parts: Mapping[str, Sequence[nn.Parameter]], max_steps: int
+    ) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """Parts by name -> one optimizer, whose groups are named after their part, and its schedule in optimizer
+        steps.
+        """
         unknown = self.lr_scale.keys() - parts.keys()
         if unknown:
-            raise ConfigError(f"optim.lr_scale names {', '.join(sorted(unknown))}; this stage trains {', '.join(parts)}")
+            raise ConfigError(
+                f"optim.lr_scale names {', '.join(sorted(unknown))}; this stage trains {', '.join(parts)}"
+            )
         groups = []
         for name, parameters in parts.items():
             lr = self.lr * self.lr_scale.get(name, 1.0)
@@ -66,5 +72,9 @@ class AdamW:
                 chosen = [p for p in learned if (p.dim() >= 2) == matrices]
                 if chosen:
                     groups.append({"params": chosen, "lr": lr, "weight_decay": decay, "name": name})
-        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+        optimizer = self.make(groups)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer of finished groups."""
+        return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)

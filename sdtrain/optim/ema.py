@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class EMA:
     """Averaged copies of named parameters.
 
-    The decay warms up as min(decay, (1 + n) / (warmup + n)) after n updates, so that early averages forget the initial weights.
+    The decay warms up as min(decay, (1 + n) / (warmup + n)) after n updates, so that early averages forget the
+    initial weights.
 
     Args:
         named: what is averaged.

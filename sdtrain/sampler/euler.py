@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from sdtrain.contracts import NoisePath, PathPoint
+from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
 
 def velocity(x: Tensor, x0: Tensor, at: PathPoint) -> Tensor:
-    """dx/dt = d_alpha x0 + d_sigma noise, with the noise that x0 means at x (Song et al. 2021b, equation 13, in path form)."""
+    """dx/dt = d_alpha x0 + d_sigma noise, with the noise that x0 means at x (Song et al. 2021b, equation 13, in path
+    form).
+    """
     return at.d_alpha * x0 + at.d_sigma * (x - at.alpha * x0) / at.sigma
 
 
@@ -22,11 +25,16 @@ class Euler:
     Args:
         num_steps: steps.
         shift: times t' = s t / (1 + (s - 1) t): more of them near the noise for s > 1 (Esser et al. 2024, equation 23).
-        heun: correct each step but the last by the slope at its end (Karras et al. 2022, algorithm 1): two evaluations a step.
+        heun: correct each step but the last by the slope at its end (Karras et al. 2022, algorithm 1): two
+            evaluations a step.
         guidance_scale: of classifier-free guidance, unless the caller says another.
     """
 
-    def __init__(self, num_steps: int = 50, shift: float = 1.0, heun: bool = False, guidance_scale: float = 1.0) -> None:
+    def __init__(
+        self, num_steps: int = 50, shift: float = 1.0, heun: bool = False, guidance_scale: float = 1.0
+    ) -> None:
+        if num_steps < 1:
+            raise ConfigError(f"sampler.num_steps={num_steps} must be at least 1")
         self.num_steps, self.shift, self.heun, self.guidance_scale = num_steps, shift, heun, guidance_scale
 
     def __call__(

@@ -40,7 +40,7 @@ class AutoencoderStage(Stage):
         optim: Any,  # noqa: ANN401 a part
         clip_norm: float | None,
         metric: Mapping[str, Any],
-        num_evaluated: int = 512,
+        num_evaluated: int = 256,
     ) -> None:
         super().__init__(context, optim, clip_norm)
         self.first_stage, self.objective = first_stage, objective

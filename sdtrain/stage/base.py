@@ -1,4 +1,6 @@
-"""What both stages share: their place in the run, the means they log, their optimizer, and how gradients are clipped."""
+"""What both stages share: their place in the run, the means they log, their optimizer, and how gradients are
+clipped.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ class Stage(L.LightningModule):
         return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
 
     def consumed(self, batch: Mapping[str, Any]) -> None:
-        """Moves the data cursor past an optimizer step. Seen by checkpoints only after the step, so it may be said within it."""
+        """Moves the data cursor past an optimizer step. Seen by checkpoints only after the step, so it may be said
+        within it.
+        """
         if batch["last_micro_of_step"]:
             self.trainer.datamodule.advance(batch["cursor"])
 

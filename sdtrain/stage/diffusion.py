@@ -130,8 +130,8 @@ class DiffusionStage(Stage):
     def _groups(self) -> dict[str, dict[str, Any]]:
         """Real pictures, reconstructions and samples of one object, two, and held-out compositions."""
         reader, data = self.metric.get("caption_match"), self.trainer.datamodule
-        if reader is None:
-            return {}
+        if reader is None or "held_out" not in data.splits:
+            return {}  # only the shapes say what their pictures show
         groups = {}
         for name, split, num_things in (("one", "val", 1), ("two", "val", 2), ("heldout", "held_out", 1)):
             told = data.attributes(split)

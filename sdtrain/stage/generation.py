@@ -28,7 +28,12 @@ class Generation:
 
     @torch.no_grad()
     def __call__(
-        self, batch: Batch, seed: int, guidance_scale: float | None = None, negative: Batch | None = None, size: int = 128
+        self,
+        batch: Batch,
+        seed: int,
+        guidance_scale: float | None = None,
+        negative: Batch | None = None,
+        size: int = 128,
     ) -> np.ndarray:
         """A picture for each sample of the batch -> uint8 (N, H, W, 3).
 

@@ -1,6 +1,8 @@
-"""Before stage 1, where no pretrained network is to be had: a small VGG learns to name what captions say of their pictures.
+"""Before stage 1, where no pretrained network is to be had: a small VGG learns to name what captions say of their
+pictures.
 
-A perceptual loss compares the features of a recognition network (Zhang et al. 2018). This one predicts which words stand in a
+A perceptual loss compares the features of a recognition network (Zhang et al. 2018). This one predicts which words
+stand in a
 picture's caption, so it needs nothing but the training shards.
 """
 
@@ -24,8 +26,9 @@ _WORD = re.compile(r"\w+")
 def vocabulary(captions: Sequence[str], size: int) -> list[str]:
     """The most telling words: those in the most captions, but not in more than half of them, and in at least two."""
     counts = Counter(word for text in captions for word in set(_WORD.findall(text.lower())))
-    telling = [word for word, n in counts.most_common() if 2 <= n <= max(len(captions) / 2, 2)]
-    return telling[:size]
+    telling = [word for word, n in counts.items() if 2 <= n <= max(len(captions) / 2, 2)]
+    # A set's order changes from process to process, so words of equal counts go by the alphabet.
+    return sorted(telling, key=lambda word: (-counts[word], word))[:size]
 
 
 class RecognitionStage(Stage):
@@ -77,7 +80,9 @@ class RecognitionStage(Stage):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Average precision is not needed: the share of held-out (picture, word) pairs that are told right, where the word stands."""
+        """Average precision is not needed: the share of held-out (picture, word) pairs that are told right, where the
+        word stands.
+        """
         data = self.trainer.datamodule
         batch = data.load("val", range(min(256, data.splits["val"])))
         with self.precision():

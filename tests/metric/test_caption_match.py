@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from sdtrain.data import shapes
+from sdtrain.data import scene as shapes
 from sdtrain.errors import ConfigError
 from sdtrain.metric.caption_match import ATTRIBUTES, CaptionMatch
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdtrain.data import shapes
+from sdtrain.data import scene as shapes
 from sdtrain.metric.memorisation import memorisation
 
 

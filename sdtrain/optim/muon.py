@@ -1,0 +1,119 @@
+"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, with AdamW for what is no matrix; one
+optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdtrain.optim.adamw import AdamW
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that takes singular values to about 1
+
+
+def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+    """(N, rows, columns) -> the nearest semi-orthogonal matrices, about, by Newton and Schulz's iteration.
+
+    x <- (a + b g + c g^2) x with g = x x^T, written for g alone: all factors are polynomials of the first g and commute,
+    so the long side enters only into the first product and the last.
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    transposed = x.shape[1] > x.shape[2]
+    x = x.mT if transposed else x
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    whole = None
+    for i in range(num_iterations):
+        factor = torch.baddbmm(b * gram, gram, gram, alpha=c) + a * identity
+        whole = factor if whole is None else factor @ whole
+        if i < num_iterations - 1:
+            gram = factor @ gram @ factor
+    x = whole @ x
+    return x.mT if transposed else x
+
+
+class _Muon(torch.optim.AdamW):
+    """AdamW, but for the groups that say `orthogonal`: there the step is the orthogonalised Nesterov momentum."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 torch's signature
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        whole = self.param_groups
+        try:
+            self.param_groups = [group for group in whole if not group["orthogonal"]]
+            if self.param_groups:
+                super().step()
+        finally:
+            self.param_groups = whole
+        for group in whole:
+            if group["orthogonal"]:
+                self._step_matrices(group)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:  # AdamW's own loading looks for a step in every state
+                state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            state["step"] += 1
+            buffer = state["momentum"]
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # (out, in kh kw)
+            shapes.setdefault((update.shape[0], update.shape[1]), []).append((p, update))
+        for (rows, columns), members in shapes.items():
+            updates = orthogonalise(torch.stack([update for _, update in members]))
+            # A root-mean-square of 0.2 an element whatever the shape, so that AdamW's rates carry over (Liu et al.
+            # 2025).
+            scale = 0.2 * max(rows, columns) ** 0.5
+            for (p, _), update in zip(members, updates):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view(p.shape), alpha=-group["lr"] * scale)
+
+
+class Muon(AdamW):
+    """The recipe: matrices and convolutions by Muon, embeddings and vectors by AdamW, under one schedule.
+
+    Args:
+        momentum: of the matrices' gradients.
+        lr, lr_scale, betas, eps, weight_decay, warmup_steps, decay, final: as AdamW's, and of about its size.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        lr_scale: Mapping[str, float] | None = None,
+        betas: Sequence[float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        decay: Literal["constant", "cosine", "linear"] = "constant",
+        final: float = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(lr, lr_scale, betas, eps, weight_decay, warmup_steps, decay, final)
+        self.momentum = momentum
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Splits the matrices from the rest."""
+        split = []
+        for group in groups:
+            for orthogonal in (True, False):
+                chosen = [p for p in group["params"] if _is_matrix(p) == orthogonal]
+                if chosen:
+                    split.append(group | {"params": chosen, "orthogonal": orthogonal, "momentum": self.momentum})
+        return _Muon(split, betas=self.betas, eps=self.eps, fused=True)
+
+
+def _is_matrix(p: nn.Parameter) -> bool:
+    return p.dim() >= 2 and min(p.shape[0], p[0].numel()) > 1

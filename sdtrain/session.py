@@ -1,0 +1,184 @@
+"""One run directory and what its stages share: the config on disk, the tracker, the trainer, the summary, the exit
+code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig, OmegaConf
+
+from sdtrain.build import build
+from sdtrain.checkpoint.commit import find_resume
+from sdtrain.continuation import check_continuation, config_hash, resolve_and_redact
+from sdtrain.contracts import Context
+from sdtrain.errors import ConfigError, RunError
+from sdtrain.ops.memory import keep_freed_memory
+from sdtrain.stage.base import Stage
+from sdtrain.strategy.commit_io import CommitIO
+from sdtrain.tracker.fanout import Fanout
+from sdtrain.tracker.jsonl import JsonlTracker
+from sdtrain.tracker.none import NullTracker
+
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+
+
+class Session:
+    """A run's directory, opened for this process. Only the first rank writes in it.
+
+    Raises:
+        ConfigError: where the directory holds a run of another config, or cannot be written.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.directory = Path(cfg.output_dir).expanduser().resolve()
+        self.is_first = next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0) == 0
+        self.tracker: Any = NullTracker()
+        keep_freed_memory()
+        changes = check_continuation(self.directory, cfg)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if self.is_first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
+            self.tracker = Fanout(JsonlTracker(self.directory / "metrics.jsonl"), [build(cfg.tracker)])
+            for change in changes:
+                print(f"warning: {change}", flush=True)
+                self.tracker.log({"event": "warning", "warning": change})
+
+    def context(self, stage: str, section: DictConfig) -> Context:
+        """Where a stage runs."""
+        stages = list(self.cfg.stages)
+        return Context(
+            stage=stage,
+            run_directory=self.directory,
+            directory=self.directory / stage,
+            tracker=self.tracker,
+            seed=self.cfg.seed,
+            global_batch_size=section.trainer.batch_size,
+            max_steps=section.trainer.max_steps,
+            stage_index=stages.index(stage) + 1 if stage in stages else 1,
+            num_stages=len(stages),
+            config_hash=config_hash(self.cfg),
+        )
+
+    def data(self, section: DictConfig) -> L.LightningDataModule:
+        """The stage's own data, or else the run's."""
+        data = build(self.cfg.data if section.data is None else section.data)
+        data.connect(self.cfg.seed, section.trainer.batch_size, section.trainer.num_accumulate)
+        data.prepare_data()
+        data.setup()
+        return data
+
+    def trainer(self, section: DictConfig) -> L.Trainer:
+        """Lightning's trainer, with our checkpoints, our callbacks and none of its own.
+
+        Raises:
+            ConfigError: for a machine that is not there.
+        """
+        strategy = self.cfg.strategy if section.strategy is None else section.strategy
+        try:
+            return L.Trainer(
+                accelerator=self.cfg.accelerator,
+                devices=self.cfg.devices,
+                num_nodes=self.cfg.num_nodes,
+                strategy=build(strategy),
+                precision=section.precision or self.cfg.precision,
+                max_steps=section.trainer.max_steps,
+                max_epochs=-1,
+                accumulate_grad_batches=section.trainer.num_accumulate,
+                callbacks=[build(node) for node in section.callback.values() if node],
+                plugins=[CommitIO(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+                limit_val_batches=0,
+                default_root_dir=self.directory,
+            )
+        except MisconfigurationException as error:
+            raise ConfigError(
+                f"accelerator={self.cfg.accelerator} devices={self.cfg.devices}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def fit(self, stage: Stage, data: L.LightningDataModule, section: DictConfig) -> dict[str, Any]:
+        """Trains a stage to its last step, from its newest valid checkpoint, and returns its summary."""
+        context, started = stage.context, time.monotonic()
+        if self.is_first:
+            self.tracker.start(self.directory, self.cfg.name, context.stage, resolve_and_redact(self.cfg))
+        context.data_fingerprint = data.fingerprint
+        trainer = self.trainer(section)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+            checkpoint = find_resume(context.directory / "checkpoints", self.cfg.resume)
+            trainer.fit(stage, datamodule=data, ckpt_path=checkpoint)
+        stage.to(trainer.strategy.root_device).eval()
+        trained = time.monotonic()
+        with stage.averaged_weights():
+            summary = stage.finish()
+        return summary | {
+            "steps": trainer.global_step,
+            "images": stage.images_seen,
+            "parameters": sum(p.numel() for p in stage.parameters()),
+            "data": data.accounting(),
+            "world_size": trainer.world_size,
+            "strategy": type(trainer.strategy).__name__,
+            "seconds": {"fit": round(trained - started, 1), "evaluation": round(time.monotonic() - trained, 1)},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json as it stands."""
+        path = self.directory / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write_summary(self, stage: str, figures: dict[str, Any], started: float) -> None:
+        """Adds a finished stage's figures to summary.json, atomically, and closes its mirrors' run."""
+        if self.is_first:
+            whole = {"name": self.cfg.name, "seconds": {}} | self.summary()
+            whole |= {key: figures.pop(key) for key in ("world_size", "strategy")}
+            whole[stage] = figures
+            whole["seconds"][stage] = round(time.monotonic() - started, 1)
+            whole["seconds"]["total"] = round(sum(v for k, v in whole["seconds"].items() if k != "total"), 1)
+            part = self.directory / "summary.json.tmp"
+            part.write_text(json.dumps(whole, indent=2))
+            part.replace(self.directory / "summary.json")
+            self.tracker.finish(figures)
+        barrier()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """DIR/exit.json says how the run ended, under any launcher."""
+        code, reason = 1, "crashed"
+        try:
+            yield
+            code, reason = 0, "done"
+        except (ConfigError, RunError) as error:
+            code, reason = error.exit_code, str(error).splitlines()[0]
+            raise
+        finally:
+            if self.is_first:
+                (self.directory / "exit.json").write_text(json.dumps({"exit_code": code, "reason": reason}))
+                if code:
+                    self.tracker.finish({})
+
+
+def barrier() -> None:
+    """All ranks meet here, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,251 @@
+"""Stage 1's one backward against two written by hand: whose gradient comes from where, and the adversary's weight."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+
+from sdtrain.errors import ConfigError
+from sdtrain.first_stage.autoencoder_kl import AutoencoderKL
+from sdtrain.layer.perceptual import Perceptual
+from sdtrain.layer.vgg import VGG
+from sdtrain.model.discriminator import PatchDiscriminator
+from sdtrain.objective.autoencoding import Autoencoding
+from sdtrain.ops.random import Draw
+
+START, KL, PERCEPTUAL, ADVERSARIAL, LOGVAR = 10, 0.01, 0.3, 0.5, 0.2
+IMAGE = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+DRAW = Draw.of(0, 4)
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    torch.manual_seed(2)
+    path = tmp_path_factory.mktemp("vgg") / "vgg.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in VGG(((4,), (6,))).state_dict().items()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False)
+
+
+@pytest.fixture
+def objective(vgg_file):
+    return make(vgg_file)
+
+
+def make(vgg_file, **changes):
+    torch.manual_seed(3)
+    arguments = {
+        "kl_weight": KL,
+        "perceptual": Perceptual(((4,), (6,)), vgg_file),
+        "perceptual_weight": PERCEPTUAL,
+        "discriminator": PatchDiscriminator(width=8, num_layers=1),
+        "adversarial_weight": ADVERSARIAL,
+        "adversarial_start": START,
+        "logvar": LOGVAR,
+    }
+    made = Autoencoding(**arguments | changes)
+    if made.discriminator is not None:
+        for p in made.discriminator.parameters():  # far from its shy start, so that its gradients weigh something
+            p.data.mul_(5)
+    return made
+
+
+def by_hand(autoencoder, objective, adaptive_weight, image=IMAGE, draw=DRAW):
+    """The gradients that two optimizers and three backwards would give, and the adaptive weight of this batch."""
+    posterior = autoencoder.encode(image)
+    latent = posterior.mean + posterior.std * draw.normal("posterior", posterior.mean.shape[1:])
+    fake = autoencoder.decode(latent)
+    pixel = (fake - image).abs().mean()
+    perceptual = objective.perceptual.module(fake, image).mean()
+    reconstruction = (pixel + PERCEPTUAL * perceptual) / objective.logvar.exp()
+    kl = kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0)).sum() / image.numel()
+    generator = -objective.discriminator(fake).mean()
+    total = reconstruction + objective.logvar + KL * kl + ADVERSARIAL * adaptive_weight * generator
+    learned = [*autoencoder.parameters(), *objective.generator_parameters()]
+    of_generator = torch.autograd.grad(total, learned, retain_graph=True)
+    last = autoencoder.decoder.conv_out.weight
+    norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (reconstruction, generator)]
+    real, made = objective.discriminator(image), objective.discriminator(fake.detach())
+    hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
+    of_discriminator = torch.autograd.grad(hinge, objective.discriminator_parameters())
+    return of_generator, of_discriminator, float(norms[0] / norms[1])
+
+
+def gradients(autoencoder, objective):
+    generator = [*autoencoder.parameters(), *objective.generator_parameters()]
+    return [p.grad for p in generator], [p.grad for p in objective.discriminator_parameters()]
+
+
+def assert_same(found, expected, share=1e-4):
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm()) <= share * float(b.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("adaptive_weight", [0.0, 0.7, 30.0])
+def test_one_backward_gives_each_side_its_own_gradients(autoencoder, objective, adaptive_weight):
+    of_generator, of_discriminator, _ = by_hand(autoencoder, objective, adaptive_weight)
+    objective.adaptive_weight.fill_(adaptive_weight)
+    objective.loss(autoencoder, IMAGE, DRAW, START)["loss"].backward()
+    found_generator, found_discriminator = gradients(autoencoder, objective)
+    assert_same(found_generator, of_generator)
+    assert_same(found_discriminator, of_discriminator)
+    assert float(torch.stack([g.norm() for g in found_discriminator]).sum()) > 0.01
+
+
+def test_the_discriminators_step_tells_real_from_made_and_the_generators_step_does_the_opposite(autoencoder, objective):
+    objective.adaptive_weight.fill_(100.0)
+    objective.loss(autoencoder, IMAGE, DRAW, START)["loss"].backward()
+
+    def opinions(first_stage, discriminator):
+        with torch.no_grad():
+            latent = first_stage.encode(IMAGE)
+            made = first_stage.decode(latent.mean + latent.std * DRAW.normal("posterior", latent.mean.shape[1:]))
+            return float(discriminator(IMAGE).mean()), float(discriminator(made).mean())
+
+    def stepped(module, size):
+        moved = copy.deepcopy(module)
+        with torch.no_grad():
+            for p, old in zip(moved.parameters(), module.parameters()):
+                p.sub_(size * old.grad)
+        return moved
+
+    real, made = opinions(autoencoder, objective.discriminator)
+    wiser_real, wiser_made = opinions(autoencoder, stepped(objective.discriminator, 1e-3))
+    assert wiser_real - wiser_made > real - made
+    assert opinions(stepped(autoencoder, 1e-5), objective.discriminator)[1] > made
+
+
+def test_before_the_start_the_discriminators_gradients_are_zero_and_there(autoencoder, objective, vgg_file):
+    objective.adaptive_weight.fill_(5.0)
+    terms = objective.loss(autoencoder, IMAGE, DRAW, START - 1)
+    terms["loss"].backward()
+    generator, discriminator = gradients(autoencoder, objective)
+    assert len(discriminator) > 5
+    assert all(gradient is not None and not gradient.any() for gradient in discriminator)
+    alone = copy.deepcopy(autoencoder).requires_grad_(True)
+    alone.zero_grad()
+    without = make(vgg_file, discriminator=None)
+    expected = without.loss(alone, IMAGE, DRAW, START - 1)
+    expected["loss"].backward()
+    assert_same(generator, gradients(alone, without)[0])
+    torch.testing.assert_close(terms["loss"], expected["loss"])
+    assert without.discriminator_parameters() == []
+
+
+def test_the_adaptive_weight_is_the_ratio_at_the_last_layer_and_serves_the_next_step(autoencoder, objective):
+    expected = by_hand(autoencoder, objective, 0.0)[2]
+    terms = objective.loss(autoencoder, IMAGE, DRAW, START)
+    terms["loss"].backward()
+    assert float(terms["adaptive_weight"]) == float(objective.adaptive_weight) == 0
+    objective.update_adaptive_weight(lambda x: x)
+    assert float(objective.adaptive_weight) == pytest.approx(expected, rel=1e-3)
+    assert 1e-3 < expected < 1e3
+    generator, _, again = by_hand(autoencoder, objective, expected)
+    autoencoder.zero_grad()
+    objective.zero_grad()
+    terms = objective.loss(autoencoder, IMAGE, DRAW, START + 1)
+    assert float(terms["adaptive_weight"]) == pytest.approx(expected, rel=1e-3)
+    terms["loss"].backward()
+    assert_same(gradients(autoencoder, objective)[0], generator, share=2e-3)
+    objective.update_adaptive_weight(lambda x: x)
+    assert float(objective.adaptive_weight) == pytest.approx(again, rel=1e-3)  # of the loss itself, not of w times it
+
+
+def half(objective, autoencoder, part):
+    ids = torch.arange(4)[part]
+    terms = objective.loss(autoencoder, IMAGE[part], Draw(0, ids, ids * 0), START)
+    (terms["loss"] / 2).backward()
+
+
+def test_two_micro_batches_give_the_weight_of_the_whole(autoencoder, objective):
+    whole = by_hand(autoencoder, objective, 0.0)
+    half(objective, autoencoder, slice(0, 2))
+    with torch.no_grad():  # an evaluation in between is no part of it
+        objective.loss(autoencoder, -IMAGE, DRAW, START)
+    half(objective, autoencoder, slice(2, 4))
+    objective.update_adaptive_weight(lambda x: x)
+    assert float(objective.adaptive_weight) == pytest.approx(whole[2], rel=1e-3)
+    assert_same(gradients(autoencoder, objective)[1], whole[1])
+
+
+def test_two_ranks_give_the_weight_of_the_whole(autoencoder, objective):
+    whole = by_hand(autoencoder, objective, 0.0)[2]
+    others = copy.deepcopy(objective)
+    half(objective, autoencoder, slice(0, 2))
+    half(others, autoencoder, slice(2, 4))
+    sums = []
+    others.update_adaptive_weight(lambda x: sums.append(x) or x)
+    objective.update_adaptive_weight(lambda x: x + sums.pop(0))
+    assert float(objective.adaptive_weight) == pytest.approx(whole, rel=1e-3)
+    assert float(others.adaptive_weight) != pytest.approx(whole, rel=1e-2)
+
+
+def test_without_adversarial_steps_the_weight_stays(autoencoder, objective):
+    objective.adaptive_weight.fill_(3.0)
+    objective.loss(autoencoder, IMAGE, DRAW, START - 1)["loss"].backward()
+    objective.update_adaptive_weight(lambda x: x)
+    assert float(objective.adaptive_weight) == 3.0
+    with torch.no_grad():
+        objective.loss(autoencoder, IMAGE, DRAW, START)
+    objective.update_adaptive_weight(lambda x: x)
+    assert float(objective.adaptive_weight) == 3.0
+
+
+def test_steps_do_not_add_up(autoencoder, objective):
+    objective.loss(autoencoder, IMAGE * 0.1, DRAW, START)["loss"].backward()
+    objective.update_adaptive_weight(lambda x: x)
+    objective.adaptive_weight.zero_()
+    expected = by_hand(autoencoder, objective, 0.0)[2]
+    objective.loss(autoencoder, IMAGE, DRAW, START)["loss"].backward()
+    objective.update_adaptive_weight(lambda x: x)
+    assert float(objective.adaptive_weight) == pytest.approx(expected, rel=1e-3)
+
+
+def test_in_bfloat16_the_weight_is_kept_in_float32(autoencoder, objective):
+    expected = by_hand(autoencoder, objective, 0.0)[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective.loss(autoencoder, IMAGE, DRAW, START)["loss"]
+    loss.backward()
+    objective.update_adaptive_weight(lambda x: x)
+    assert loss.dtype == objective.adaptive_weight.dtype == torch.float32
+    assert float(objective.adaptive_weight) == pytest.approx(expected, rel=0.1)
+
+
+def test_who_moves_with_whom_and_what_is_saved(autoencoder, objective):
+    objective.loss(autoencoder, IMAGE, DRAW, START)["loss"].backward()
+    assert objective.generator_parameters() == [objective.logvar]
+    assert float(objective.logvar.grad) != 0
+    assert {id(p) for p in objective.parameters()} == {
+        id(p) for p in (objective.logvar, *objective.discriminator_parameters())
+    }
+    assert {name.split(".")[0] for name in objective.state_dict()} == {"logvar", "adaptive_weight", "discriminator"}
+    assert all(p.grad is None for p in objective.perceptual.module.parameters())
+
+
+@pytest.mark.parametrize("pixel", ["l1", "mse"])
+def test_the_terms_are_the_definitions(autoencoder, vgg_file, pixel):
+    objective = make(vgg_file, pixel=pixel, discriminator=None, perceptual=None)
+    terms = objective.loss(autoencoder, IMAGE, DRAW, 0)
+    posterior = autoencoder.encode(IMAGE)
+    fake = autoencoder.decode(posterior.mean + posterior.std * DRAW.normal("posterior", posterior.mean.shape[1:]))
+    distance = (fake - IMAGE).abs().mean() if pixel == "l1" else (fake - IMAGE).square().mean()
+    kl = kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0)).sum() / IMAGE.numel()
+    torch.testing.assert_close(terms["pixel"], distance.detach())
+    torch.testing.assert_close(terms["kl"], kl.detach())
+    expected = distance / objective.logvar.exp() + objective.logvar + KL * kl
+    torch.testing.assert_close(terms["loss"], expected)
+    assert terms["loss"].requires_grad
+    assert not any(value.requires_grad for name, value in terms.items() if name != "loss")
+
+
+def test_an_unknown_pixel_loss_is_refused():
+    with pytest.raises(ConfigError, match="pixel is l1 or mse, not 'l2'"):
+        Autoencoding(pixel="l2")

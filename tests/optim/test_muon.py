@@ -1,0 +1,63 @@
+"""Muon: matrices by orthogonal steps, the rest as AdamW, state that resumes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sdtrain.optim.muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 200), (1, 160, 30), (3, 32, 32)])
+def test_singular_values_become_about_one(shape):
+    found = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert found.max() < 1.3
+    assert found.median() > 0.6
+
+
+def test_it_is_the_polar_factor_in_direction():
+    x = torch.randn(1, 16, 60, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x[0], full_matrices=False)
+    ours = orthogonalise(x)[0]
+    assert torch.cosine_similarity(ours.flatten(), (u @ vh).flatten(), dim=0) > 0.97
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        module(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_vectors_move_as_under_adamw_and_matrices_by_the_rate():
+    ours = model()
+    before = copy.deepcopy(ours)
+    peer = copy.deepcopy(ours)
+    optimizer, _ = Muon(lr=1e-2, weight_decay=0.0).build({"all": list(ours.parameters())}, 10)
+    train(ours, optimizer, range(1))
+    vectors = [p for p in peer.parameters() if p.dim() < 2]
+    train(peer, torch.optim.AdamW(vectors, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0), range(1))
+    for (name, p), q, b in zip(ours.named_parameters(), peer.parameters(), before.parameters()):
+        if p.dim() < 2:
+            torch.testing.assert_close(p, q)
+        else:  # 0.2 an element times the rate, about, whatever the gradient's size
+            assert float((p - b).detach().square().mean().sqrt()) == pytest.approx(2e-3, rel=0.5), name
+
+
+def test_state_resumes_to_the_same_bits():
+    whole, half = model(), model()
+    first, _ = Muon(lr=1e-2).build({"all": list(whole.parameters())}, 10)
+    train(whole, first, range(6))
+    second, _ = Muon(lr=1e-2).build({"all": list(half.parameters())}, 10)
+    train(half, second, range(3))
+    third, _ = Muon(lr=1e-2).build({"all": list(half.parameters())}, 10)
+    third.load_state_dict(copy.deepcopy(second.state_dict()))
+    train(half, third, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), half.parameters()))
