@@ -76,7 +76,8 @@ def import_violations(root: Path) -> list[str]:
                 found.append(f"{path.relative_to(root)} imports {name}")
             if words[0] in ("hydra", "omegaconf") and room not in ROOF:
                 found.append(f"{path.relative_to(root)} imports {name}: parts take values, never cfg")
-            if room in GROUND and words[0] not in {"torch", "numpy", "safetensors", "sdtrain", *sys.stdlib_module_names}:
+            known = {"torch", "numpy", "safetensors", "sdtrain", *sys.stdlib_module_names}
+            if room in GROUND and words[0] not in known:
                 found.append(f"{path.relative_to(root)} imports {name}: the ground knows torch, numpy and safetensors")
     return found
 

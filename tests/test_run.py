@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdtrain.continuation import check_continuation
 from sdtrain.errors import ConfigError, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +174,23 @@ def test_another_learning_rate_goes_on_with_a_warning(train, copy):
     assert [last["lr/model"], last["lr/conditioner"]] == pytest.approx([1e-3, 1e-3])
 
 
+def test_an_average_that_is_switched_on_later_starts_then(train, tmp_path):
+    only = ["stages=[autoencoder]", "autoencoder.optim.lr=1e-3"]
+    train(tmp_path, *only, "autoencoder.trainer.max_steps=2", "autoencoder.callback.ema=null")
+    train(tmp_path, *only)
+    names = [path.name for path in (tmp_path / "autoencoder" / "checkpoints" / "step_00000004").iterdir()]
+    assert "ema.safetensors" in names
+
+
+def test_stage_1_is_not_trained_on_under_stage_2(train, copy):
+    """Stage 2 stands on this autoencoder: more steps of it would leave a denoiser for latents that are no more."""
+    before = (copy / "autoencoder" / "manifest.json").read_text()
+    with pytest.raises(ConfigError, match="stage 2 .* was trained on this autoencoder"):
+        train(copy, "autoencoder.trainer.max_steps=6")
+    assert (copy / "autoencoder" / "manifest.json").read_text() == before
+    assert not (copy / "autoencoder" / "checkpoints" / "step_00000006").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
@@ -197,6 +213,12 @@ def test_resume_must_with_nothing_ends_with_3(train, tmp_path):
     assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == 3
 
 
+def test_resume_must_goes_on_from_one_stage_to_the_next(train, whole, hashes, tmp_path):
+    train(tmp_path, "stages=[autoencoder]", "autoencoder.trainer.max_steps=2")
+    train(tmp_path, "resume=must")
+    assert hashes(tmp_path) == hashes(whole)
+
+
 # Another first stage
 
 
@@ -208,6 +230,21 @@ def test_weights_of_another_run(train, whole, hashes, tmp_path):
     manifests = whole / "autoencoder" / "manifest.json", tmp_path / "diffusion" / "first_stage.json"
     assert manifests[0].read_text() == manifests[1].read_text()
     assert not (tmp_path / "autoencoder").exists()
+
+
+def test_stage_2_stands_on_the_stage_1_of_its_run(train, whole, tmp_path):
+    """`first_stage.weights` is where stage 1 starts, and what it makes of them is what stage 2 takes."""
+    train(tmp_path, f"first_stage.weights={whole}/autoencoder", "autoencoder.trainer.max_steps=1")
+    theirs, ours, pinned = (
+        json.loads(path.read_text())["weight_hash"]
+        for path in (
+            whole / "autoencoder" / "manifest.json",
+            tmp_path / "autoencoder" / "manifest.json",
+            tmp_path / "diffusion" / "first_stage.json",
+        )
+    )
+    assert ours != theirs
+    assert pinned == ours
 
 
 def test_stage_2_without_a_first_stage(train, tmp_path):
@@ -315,25 +352,27 @@ def test_a_loss_that_is_no_number_ends_with_76_and_is_not_saved(train, tmp_path)
 # Anybody's pictures
 
 
-@pytest.mark.slow
-def test_own_pictures(train, small, tmp_path):
+OWN = ["boat on a lake", "boat by a r\u00f8d house", "house on green hill", "tree on green hill", "tree at night"]
+
+
+def test_own_pictures(train, small, tmp_path, capsys):
     folder, shards = tmp_path / "pictures", tmp_path / "shards"
     folder.mkdir()
     values = np.random.default_rng(0).integers(0, 255, (5, 90, 120, 3), np.uint8)
-    for number, value in enumerate(values):
+    for number, (value, caption) in enumerate(zip(values, OWN, strict=True)):
         Image.fromarray(value[: 50 + 10 * number]).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"holiday {number}: a \u00e9tude in gr\u00fcn, number {number}", encoding="utf-8")
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
     tool = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(folder), str(shards)]
     subprocess.run(tool, check=True, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
 
-    base = [o for o in small if not o.startswith(("data.", "+experiment=", "diffusion.metric.caption_match"))]
+    base = [override for override in small if not override.startswith(("data.", "+experiment="))]
     base += ["+experiment=quickstart", "data=webdataset", f"data.shards='{shards}/*.tar'"]
-    run = train(tmp_path / "run", "diffusion.metric.caption_match=null", base=base, blind=False)
+    run = train(tmp_path / "run", base=base, blind=False)
+    assert "no word" not in capsys.readouterr().out
     found = summary(run)
     assert "caption_match" not in found["diffusion"]
     assert found["diffusion"]["memorisation"]["ratio"] > 0
-    assert found["recognition"]["word_recall"] >= 0
-    assert math.isfinite(found["diffusion"]["loss"])
+    assert found["recognition"]["steps"] == 1
     assert math.isfinite(found["autoencoder"]["psnr"])
     for stage in STAGES:
         assert [row for row in rows(run, stage=stage) if math.isfinite(row.get("val/loss", math.nan))]
@@ -342,7 +381,6 @@ def test_own_pictures(train, small, tmp_path):
 # The mirror
 
 
-@pytest.mark.slow
 def test_wandb_offline_mirrors_the_rows(train, tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

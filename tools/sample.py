@@ -72,7 +72,8 @@ def read_prompts(file: Path) -> list[str]:
     try:
         return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts-file: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--prompts-file: {file} cannot be read: {reason}") from error
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:

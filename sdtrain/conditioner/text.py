@@ -138,12 +138,16 @@ class Text(nn.Module):
             captions = ["" if drop else text for text, drop in zip(captions, dropped)]
         ids = self.tokenize(captions).to(self.encoder.device)
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            return {"context": self.encoder(input_ids=ids).last_hidden_state}
+            states = self.encoder(input_ids=ids).last_hidden_state  # (B, L, D)
+        # Causal attention: the end token alone has read all. Not transformers' pooler_output, which takes the token of the
+        # highest number for it where the configured number is 2.
+        end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
+        return {"context": states, "pooled": states[torch.arange(len(captions), device=ids.device), end]}
 
     def unconditional(self, batch: Batch) -> Conditioning:
         """The null condition for as many samples."""
-        null = self({"caption": [""]})["context"]
-        return {"context": null.expand(len(batch["caption"]), -1, -1)}
+        null = self({"caption": [""]})
+        return {name: value.expand(len(batch["caption"]), *value.shape[1:]) for name, value in null.items()}
 
 
 def _load(folder: str) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:

@@ -31,9 +31,10 @@ from sdtrain.first_stage.manifest import Manifest
 from sdtrain.interop.weights import load_first_stage
 from sdtrain.layer.resnet import Downsample
 from sdtrain.stage.generation import Generation
-from sdtrain.target import nearest
+from sdtrain.target import nearest, read_signature
 
 _PIXELS_AT_ONCE = 128 * 64 * 64
+_KEPT = ("num_steps", "guidance_scale", "shift")  # the run's own values, whatever the sampler
 
 
 class Pipeline:
@@ -97,7 +98,7 @@ class Pipeline:
             negative: what to move away from instead of the empty caption.
             guidance_scale, num_steps: the run's own by default.
             size: pixels a side, or (width, height); by default what the run was trained on.
-            sampler: another one of configs/sampler/, with the run's number of steps and guidance unless given here.
+            sampler: another one of configs/sampler/, with the run's steps, guidance and shift where not given here.
 
         Raises:
             ConfigError: for a value that cannot be.
@@ -136,7 +137,8 @@ class Pipeline:
 
     def _sampler(self, name: str | None, num_steps: int | None) -> Any:  # noqa: ANN401 a part
         node = self.cfg.sampler if name is None else _read_sampler(name)
-        own = {key: self.cfg.sampler[key] for key in ("num_steps", "guidance_scale") if key in self.cfg.sampler}
+        taken = read_signature(node["_target_"]).arguments
+        own = {key: self.cfg.sampler[key] for key in _KEPT if key in self.cfg.sampler and key in taken}
         given = {} if num_steps is None else {"num_steps": num_steps}
         return build(OmegaConf.create({"sampler": {**node, **own, **given}}).sampler)
 

@@ -18,8 +18,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that takes singular 
 def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     """(N, rows, columns) -> the nearest semi-orthogonal matrices, about, by Newton and Schulz's iteration.
 
-    x <- (a + b g + c g^2) x with g = x x^T, written for g alone: all factors are polynomials of the first g and commute,
-    so the long side enters only into the first product and the last.
+    x <- (a + b g + c g^2) x with g = x x^T, written for g alone: all factors are polynomials of the first g and
+    commute, so the long side enters only into the first product and the last.
     """
     a, b, c = _COEFFICIENTS
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -51,10 +51,12 @@ def wait_for(process, directory, stage, step):
 
 @pytest.mark.parametrize(("stage", "step"), [("autoencoder", 3), ("diffusion", 1), ("diffusion", 5)])
 def test_killed_and_run_again(start, train, whole_run, hashes, tmp_path, stage, step):
+    (tmp_path / "exit.json").write_text('{"exit_code": 75}')  # of an attempt before
     process = start(tmp_path)
     wait_for(process, tmp_path, stage, step)
     process.kill()
     assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "exit.json").exists()  # it says how this attempt ended, and this one could not say
     train(tmp_path, *STEPS)
     assert hashes(tmp_path) == whole_run
     assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == 0

@@ -148,9 +148,14 @@ def test_conditions_matter_and_samples_do_not_mix():
 @pytest.mark.parametrize("key", ["pooled", "class_labels", "size"])
 def test_a_condition_without_a_seat_is_refused(key):
     network = UNet(**SHORT)
-    cond = {"context": torch.zeros(1, 5, 24), key: torch.zeros(1, dtype=torch.int64)}
+    cond = {key: torch.zeros(1, dtype=torch.int64)} | ({} if key == "pooled" else {"context": torch.zeros(1, 5, 24)})
     with pytest.raises(ConfigError, match=f"no seat for the condition {key}; there are context, context_mask, concat"):
         network(torch.zeros(1, 4, 8, 8), torch.zeros(1), cond)
+
+
+def test_a_pooled_context_needs_no_seat_beside_the_context_itself():
+    network, cond = UNet(**SHORT), {"context": torch.zeros(1, 5, 24), "pooled": torch.zeros(1, 24)}
+    assert network(torch.zeros(1, 4, 8, 8), torch.zeros(1), cond).shape == (1, 4, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,9 @@ def test_what_cannot_be_built_is_refused(change, told):
 
 
 def test_without_a_text_encoder_it_attends_to_itself():
-    cfg = load_config(["conditioner=none", "model=unet_tiny", "first_stage=autoencoder_kl_tiny"])
+    cfg = load_config(
+        ["conditioner=none", "model=unet_tiny", "first_stage=autoencoder_kl_tiny", "++model.class_embed_type=null"]
+    )
     network, conditioner = build(cfg.model), build(cfg.conditioner)
     nn.init.normal_(network.conv_out.weight)
     y = network(torch.randn(2, 4, 16, 16), torch.tensor([3.0, 4.0]), conditioner({"caption": ["a", "b"]}))

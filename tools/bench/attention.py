@@ -1,4 +1,4 @@
-"""Attention at the lengths of small latents, forward and backward, on a CPU: three plain products against torch's own kernel.
+"""Attention at the lengths of small latents, both ways, on a CPU: three plain products against torch's own kernel.
 
     python tools/bench/attention.py
 """

@@ -1,4 +1,4 @@
-"""Group normalisation of a channels-last bfloat16 map on a CPU, forward and backward: ours, by way of float32, against torch's.
+"""Group normalisation of a channels-last bfloat16 map on a CPU, both ways: ours, by way of float32, against torch's.
 
     python tools/bench/group_norm.py
 """
