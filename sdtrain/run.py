@@ -51,6 +51,11 @@ def run_autoencoder(session: Session) -> None:
     if not list(first_stage.parameters()):
         print("autoencoder: this first stage has nothing to train", flush=True)
         return
+    if cfg.resume != "never" and (session.directory / "diffusion" / "first_stage.json").exists():
+        raise ConfigError(
+            f"stage 2 in {session.directory} was trained on this autoencoder; for more steps of it take a new output_dir, "
+            f"with first_stage.weights={session.directory / 'autoencoder'} to go on from it"
+        )
     if cfg.first_stage.weights:
         load_first_stage(first_stage, cfg.first_stage.weights)
     objective = build(section.objective)
@@ -144,7 +149,8 @@ def whiten_first_stage(session: Session, first_stage: torch.nn.Module, data: L.L
             f"stage 2 needs a first stage, and {own} holds no finished one: "
             "add autoencoder to stages, or set first_stage.weights"
         )
-    found = load_first_stage(first_stage, weights or str(own))
+    is_own = (own / "manifest.json").exists()  # what stage 1 made here, be it of `weights`
+    found = load_first_stage(first_stage, str(own) if is_own else weights)
     beside = session.directory / "first_stage.manifest.json"
     if found is not None or beside.exists():
         manifest = Manifest.load(found or beside)

@@ -53,6 +53,7 @@ class Session:
             logging.getLogger(name).setLevel(logging.ERROR)
         if self.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "exit.json").unlink(missing_ok=True)  # of an attempt before
             (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
             self.tracker = Fanout(JsonlTracker(self.directory / "metrics.jsonl"), [build(cfg.tracker)])
             for change in changes:
@@ -126,7 +127,7 @@ class Session:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-            checkpoint = find_resume(context.directory / "checkpoints", self.cfg.resume)
+            checkpoint = find_resume(context.directory / "checkpoints", self._resume(context))
             trainer.fit(stage, datamodule=data, ckpt_path=checkpoint)
         stage.to(trainer.strategy.root_device).eval()
         trained = time.monotonic()
@@ -141,6 +142,11 @@ class Session:
             "strategy": type(trainer.strategy).__name__,
             "seconds": {"fit": round(trained - started, 1), "evaluation": round(time.monotonic() - trained, 1)},
         }
+
+    def _resume(self, context: Context) -> str:
+        """`must` asks the run to go on, not that its next stage has begun: after a finished one that starts anew."""
+        begins = bool(self.summary()) and not (context.directory / "checkpoints").exists()
+        return "auto" if self.cfg.resume == "must" and begins else self.cfg.resume
 
     def summary(self) -> dict[str, Any]:
         """summary.json as it stands."""

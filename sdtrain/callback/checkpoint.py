@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from sdtrain.callback.log import off_the_clock
 from sdtrain.checkpoint.commit import prune
 from sdtrain.errors import ConfigError
 
@@ -31,10 +32,11 @@ class Checkpoint(Callback):
         if step == self._saved_step:
             return
         path = trainer.lightning_module.context.directory / "checkpoints" / f"step_{step:08d}"
-        trainer.save_checkpoint(path)
-        self._saved_step = step
-        if trainer.is_global_zero:
-            prune(path, self.keep_last)
+        with off_the_clock(trainer):
+            trainer.save_checkpoint(path)
+            self._saved_step = step
+            if trainer.is_global_zero:
+                prune(path, self.keep_last)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -47,4 +47,5 @@ class EMA(L.Callback):
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before `on_fit_start`; kept until then."""
-        self._saved = {k: torch.as_tensor(v) for k, v in checkpoint["ema"].items()}
+        if "ema" in checkpoint:  # else the run before had no average: it starts here
+            self._saved = {k: torch.as_tensor(v) for k, v in checkpoint["ema"].items()}

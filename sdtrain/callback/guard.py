@@ -84,6 +84,7 @@ class Guard(Callback):
         path = context.directory / ("nonfinite.json" if rank == 0 else f"nonfinite_rank{rank}.json")
         window = [min(self._checked_step + 1, step), trainer.global_step]
         report = {"stage": context.stage, "step": step, "what": what, "window": window, "sample_id": sample_ids}
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report))
         context.tracker.log({"stage": context.stage, "step": step, "event": "nonfinite", "what": what})
         raise RunError(

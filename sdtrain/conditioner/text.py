@@ -139,8 +139,8 @@ class Text(nn.Module):
         ids = self.tokenize(captions).to(self.encoder.device)
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             states = self.encoder(input_ids=ids).last_hidden_state  # (B, L, D)
-        # Causal attention: the end token alone has read all. Not transformers' pooler_output, which takes the token of the
-        # highest number for it where the configured number is 2.
+        # Attention is causal: the end token alone has read all. Not transformers' pooler_output, which takes the token
+        # of the highest number for it where the configured number is 2.
         end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
         return {"context": states, "pooled": states[torch.arange(len(captions), device=ids.device), end]}
 

@@ -42,15 +42,11 @@ class UNet(nn.Module):
     Args:
         in_channels: of x_t plus whatever `concat` joins to it (9 for inpainting, 7 for upscaling, 8 for editing).
         out_channels: as the latent; twice that for a learned variance.
-        attention_head_dim: as in diffusers, the *number* of heads of each level (its configuration misnames it); a
-            list for one a level.
+        attention_head_dim: as in diffusers, the *number* of heads of each level (its configuration misnames it); a list
+            for one a level.
         use_linear_projection: SD 2.x and XL; SD 1.x has 1x1 convolutions.
         num_class_embeds: a table of class labels, added to the timestep embedding.
         class_embed_type: "projection" adds a projected `pooled` vector of projection_class_embeddings_input_dim.
-
-        coordinates: x and y in [-1, 1] as two more input channels (Liu et al. 2018, "CoordConv"): else only the zeros that
-            convolutions pad with tell a position where it is, and "in the top left" is learned late. Not a diffusers key;
-            there such a network is one of two more in_channels.
 
     Raises:
         ConfigError: for a block type it does not have, or lists of different lengths.
@@ -74,7 +70,6 @@ class UNet(nn.Module):
         num_class_embeds: int | None = None,
         class_embed_type: str | None = None,
         projection_class_embeddings_input_dim: int | None = None,
-        coordinates: bool = False,
     ) -> None:
         super().__init__()
         levels = len(block_out_channels)
@@ -120,8 +115,7 @@ class UNet(nn.Module):
                 linear_projection=use_linear_projection,
             )
 
-        self.coordinates = coordinates
-        self.conv_in = nn.Conv2d(in_channels + 2 * coordinates, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], temb)
         self.class_embedding = self._class_embedding(
             temb, num_class_embeds, class_embed_type, projection_class_embeddings_input_dim
@@ -186,8 +180,6 @@ class UNet(nn.Module):
             table = isinstance(self.class_embedding, nn.Embedding)
             temb = temb + self.class_embedding(cond["class_labels"] if table else cond["pooled"].to(x.dtype))
         temb = F.silu(temb)
-        if self.coordinates:
-            x = torch.cat((x, _grid(x)), dim=1)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for level in self.down_blocks:
@@ -205,11 +197,3 @@ class UNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-def _grid(like: Tensor) -> Tensor:
-    """(B, 2, h, w): x and y of every position, in [-1, 1]."""
-    height, width = like.shape[2:]
-    y = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype)[:, None].expand(height, width)
-    x = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype)[None].expand(height, width)
-    return torch.stack((x, y)).expand(like.shape[0], 2, height, width)

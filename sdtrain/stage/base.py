@@ -86,7 +86,17 @@ class Stage(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer, a schedule that counts optimizer steps up to max_steps."""
         optimizer, schedule = self.optim.build(self.parts(), self.context.max_steps)
+        self._recipe = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A checkpoint brings back the optimizer's values of the run before; what counts is what is configured now."""
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        schedule = config.scheduler
+        for group, recipe, factor in zip(optimizer.param_groups, self._recipe, schedule.lr_lambdas):
+            group.update(recipe)
+            group["lr"] = recipe["initial_lr"] * factor(schedule.last_epoch)
+        schedule.base_lrs = [recipe["initial_lr"] for recipe in self._recipe]
 
     def configure_gradient_clipping(
         self,

@@ -51,4 +51,5 @@ def cache_latents(first_stage: nn.Module, data: L.LightningDataModule, precision
             )
         moments = _moments(first_stage, data, split, data.splits[split])
         with torch.autocast(_device(first_stage).type, torch.bfloat16, enabled=precision.startswith("bf16")):
-            data.attach_latents(split, torch.cat([part.half() for part in moments]))
+            parts = [part.half() for part in moments]
+        data.attach_latents(split, torch.cat(parts))

@@ -73,6 +73,7 @@ def test_mistakes_end_with_2_and_one_line(tool, finished, tmp_path):
         assert error.count("\n") == 1, error
 
 
+@pytest.mark.slow
 def test_the_command_that_a_run_prints(finished, tmp_path):
     command = [sys.executable, str(TOOL), str(finished), "a red star", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})

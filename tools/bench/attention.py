@@ -1,6 +1,6 @@
 """Attention at the lengths of small latents, both ways, on a CPU: three plain products against torch's own kernel.
 
-    python tools/bench/attention.py
+python tools/bench/attention.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Group normalisation of a channels-last bfloat16 map on a CPU, both ways: ours, by way of float32, against torch's.
 
-    python tools/bench/group_norm.py
+python tools/bench/group_norm.py
 """
 
 from __future__ import annotations

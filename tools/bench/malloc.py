@@ -1,6 +1,6 @@
 """A training step with glibc's allocator as it is and as `ops/memory.py` tells it to be, in processes in turn.
 
-    python tools/bench/malloc.py
+python tools/bench/malloc.py
 """
 
 from __future__ import annotations
