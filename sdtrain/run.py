@@ -53,8 +53,8 @@ def run_autoencoder(session: Session) -> None:
         return
     if cfg.resume != "never" and (session.directory / "diffusion" / "first_stage.json").exists():
         raise ConfigError(
-            f"stage 2 in {session.directory} was trained on this autoencoder; for more steps of it take a new output_dir, "
-            f"with first_stage.weights={session.directory / 'autoencoder'} to go on from it"
+            f"stage 2 in {session.directory} was trained on this autoencoder; for more steps of it take a new "
+            f"output_dir, with first_stage.weights={session.directory / 'autoencoder'} to go on from it"
         )
     if cfg.first_stage.weights:
         load_first_stage(first_stage, cfg.first_stage.weights)

@@ -117,6 +117,8 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], temb)
+        if cross_attention_dim is None and projection_class_embeddings_input_dim is None:
+            class_embed_type = None  # nothing is told: there is nothing to project
         self.class_embedding = self._class_embedding(
             temb, num_class_embeds, class_embed_type, projection_class_embeddings_input_dim
         )

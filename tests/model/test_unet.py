@@ -175,9 +175,7 @@ def test_what_cannot_be_built_is_refused(change, told):
 
 
 def test_without_a_text_encoder_it_attends_to_itself():
-    cfg = load_config(
-        ["conditioner=none", "model=unet_tiny", "first_stage=autoencoder_kl_tiny", "++model.class_embed_type=null"]
-    )
+    cfg = load_config(["conditioner=none", "model=unet_tiny", "first_stage=autoencoder_kl_tiny"])
     network, conditioner = build(cfg.model), build(cfg.conditioner)
     nn.init.normal_(network.conv_out.weight)
     y = network(torch.randn(2, 4, 16, 16), torch.tensor([3.0, 4.0]), conditioner({"caption": ["a", "b"]}))
