@@ -34,17 +34,13 @@ class LogitNormal:
     Args:
         mean, std: of the normal.
         shift: 1 is none; sqrt(pixels ratio) in the paper.
-        uniform_share: this share of the samples is drawn uniformly instead, so that no t goes untrained.
     """
 
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
-    uniform_share: float = 0.0
 
     def __call__(self, draw: Draw) -> Tensor:
         """(B,) float32."""
         t = torch.sigmoid(self.mean + self.std * draw.normal("timestep"))
-        u = draw.uniform("timestep.uniform", (2,))
-        t = torch.where(u[:, 0] < self.uniform_share, u[:, 1], t)
         return self.shift * t / (1 + (self.shift - 1) * t)
