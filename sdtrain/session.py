@@ -160,7 +160,9 @@ class Session:
             whole |= {key: figures.pop(key) for key in ("world_size", "strategy")}
             whole[stage] = figures
             whole["seconds"][stage] = round(time.monotonic() - started, 1)
-            whole["seconds"]["total"] = round(sum(v for k, v in whole["seconds"].items() if k != "total"), 1)
+            whole["seconds"]["total"] = round(
+                sum(v for k, v in whole["seconds"].items() if k not in ("total", "recognition")), 1
+            )
             part = self.directory / "summary.json.tmp"
             part.write_text(json.dumps(whole, indent=2))
             part.replace(self.directory / "summary.json")
