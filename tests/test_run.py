@@ -91,7 +91,7 @@ def test_the_summary(finished):
     assert (found["world_size"], found["strategy"]) == (1, "SingleDeviceStrategy")
     assert math.isfinite(found["autoencoder"]["psnr"])
     assert -1 <= found["autoencoder"]["ssim"] <= 1
-    assert found["seconds"]["total"] >= found["seconds"]["autoencoder"] + found["seconds"]["diffusion"]
+    assert found["seconds"]["total"] == pytest.approx(found["seconds"]["autoencoder"] + found["seconds"]["diffusion"])
     match = found["diffusion"]["caption_match"]
     attributes = {"all", "shape", "colour", "size", "position", "ground"}
     groups = {"one", "two", "heldout"}
