@@ -82,7 +82,7 @@ class _Muon(torch.optim.AdamW):
 
 
 class Muon(AdamW):
-    """The recipe: matrices and convolutions by Muon, embeddings and vectors by AdamW, under one schedule.
+    """The recipe: matrices, tables and convolutions by Muon, vectors by AdamW, under one schedule.
 
     Args:
         momentum: of the matrices' gradients.
