@@ -93,7 +93,7 @@ class Text(nn.Module):
                     pad_token_id=0,
                     bos_token_id=1,
                     eos_token_id=2,
-                    attn_implementation="eager",  # as quick at these lengths, and ten times so backwards on a CPU
+                    attn_implementation="eager",  # quicker at these lengths on a CPU
                 )
             )
         else:

@@ -11,7 +11,7 @@ from sdtrain.layer.norm import GroupNorm
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention over (B, heads, L, D); mask broadcasts, True = attend.
 
-    On a CPU, torch's flash backward took 10 times as long as three plain products at the lengths of small latents
+    On a CPU, torch's flash backward took 4 times as long as three plain products at the lengths of small latents
     (measured: `tools/bench/attention.py`), so short sequences go the plain way there.
     """
     if q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > 256 * 256:
