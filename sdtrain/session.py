@@ -54,7 +54,9 @@ class Session:
         if self.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
             (self.directory / "exit.json").unlink(missing_ok=True)  # of an attempt before
-            (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
+            part = self.directory / "config.yaml.tmp"  # other ranks may be reading config.yaml
+            part.write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
+            part.replace(self.directory / "config.yaml")
             self.tracker = Fanout(JsonlTracker(self.directory / "metrics.jsonl"), [build(cfg.tracker)])
             for change in changes:
                 print(f"warning: {change}", flush=True)
