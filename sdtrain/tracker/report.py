@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from sdtrain.tracker.beside import beside_table
 from sdtrain.tracker.chart import LEFT, RIGHT, Point, Series, line_chart, smooth
 from sdtrain.tracker.headline import branch, caption_match_tables, duration, flatten, is_number, key_values, text, tiles
 from sdtrain.tracker.jsonl import current_rows, read_rows, row_kind
@@ -103,6 +104,7 @@ def _page(files: RunFiles) -> str:
 <header><h1>{escape(files.name)}</h1><p>{escape(" · ".join(["sdtrain run", *facts, f"written {written}"]))}</p></header>
 {tiles(files.summary)}
 {_section("Does the picture say what the caption says?", caption_match_tables(files.summary))}
+{_section("Beside the other runs in this folder", beside_table(files.directory))}
 {stages}
 {_section("Data, time and contract", _accounts(files))}
 {_section("Events", _events(files))}

@@ -52,6 +52,8 @@ def scores(level):
 
 @pytest.fixture
 def run(tmp_path):
+    tmp_path = tmp_path / "outputs" / "run"  # alone in its folder
+    tmp_path.mkdir(parents=True)
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
     for stage in ("autoencoder", "diffusion"):
         for step in range(10, 301, 10):
