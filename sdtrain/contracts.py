@@ -28,6 +28,10 @@ class Batch(TypedDict, total=False):
     epoch: Tensor  # (B,) int64, how often the sample's source was gone through before
     cursor: dict[str, Any]  # the plan's state once the optimizer step that this micro-batch belongs to is done
     last_micro_of_step: bool
+    # What a stage adds for its conditioner, see `stage/generation.py`:
+    image_size: tuple[int, int]  # height and width, in pixels
+    latent_size: tuple[int, int]  # the same of the latents
+    encode: Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) -> whitened latents (B, C, h, w), without a gradient
 
 
 class Conditioning(TypedDict, total=False):
@@ -37,6 +41,7 @@ class Conditioning(TypedDict, total=False):
     context_mask: Tensor  # (B, L) bool, True = attend
     pooled: Tensor  # (B, D) added to the timestep embedding
     class_labels: Tensor  # (B,) int64 or (B, D)
+    sizes: Tensor  # (B, 6) original height and width, crop top and left, target height and width, in pixels (SDXL)
     concat: Tensor  # (B, C, h, w) joined to x_t along the channels: mask, masked picture, low-resolution picture
 
 
@@ -61,6 +66,8 @@ class NoisePath(Protocol):
 
     def __call__(self, t: Tensor) -> PathPoint: ...
     def network_time(self, t: Tensor) -> Tensor: ...
+    def input_scale(self, t: Tensor) -> Tensor: ...  # what x_t is multiplied by before the network sees it
+    def time_of(self, ratio: Tensor) -> Tensor: ...  # the t at which sigma / alpha is this
 
 
 class Denoiser(Protocol):

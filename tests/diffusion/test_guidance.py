@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sdtrain.diffusion.guidance import classifier_free, stack
+from sdtrain.diffusion.guidance import ClassifierFree, stack
+from sdtrain.errors import ConfigError
 
 COND = {"context": torch.full((2, 1, 1), 3.0), "concat": torch.full((2, 1, 1, 1), 5.0)}
 NULL = {"context": torch.full((2, 1, 1), 1.0), "concat": torch.full((2, 1, 1, 1), 5.0)}
@@ -25,21 +26,53 @@ def network():
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 7.5])
 def test_it_moves_from_null_past_conditional(network, scale):
-    found = classifier_free(network, COND, NULL, scale)(X, 0.5)
+    found = ClassifierFree(scale)(network, COND, NULL)(X, 0.5)
     torch.testing.assert_close(found, X + 5 + 1 + scale * (3 - 1))
     assert network.sizes == [4]
 
 
 def test_scale_one_is_the_conditional_prediction_and_costs_half(network):
-    assert torch.equal(classifier_free(network, COND, NULL, 1.0)(X, 0.5), X + 5 + 3)
+    assert torch.equal(ClassifierFree(1.0)(network, COND, NULL)(X, 0.5), X + 5 + 3)
     assert network.sizes == [2]
 
 
 def test_outside_of_the_interval_there_is_no_guidance(network):
-    denoise = classifier_free(network, COND, NULL, 3.0, interval=(0.2, 0.6))
+    denoise = ClassifierFree(3.0, interval=(0.2, 0.6))(network, COND, NULL)
     for t, guided in ((0.1, False), (0.2, True), (0.6, True), (0.7, False)):
         torch.testing.assert_close(denoise(X, t), X + 10 * t + (1 + 3 * 2 if guided else 3))
 
 
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_rescaling_moves_the_spread_of_each_picture_back(share):
+    told, null, x = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def network(x, t, cond):
+        return torch.cat((told, null)) if len(x) == 4 else told
+
+    found = ClassifierFree(7.5, rescale=share)(network, {}, {})(x, 0.5)
+    guided = null + 7.5 * (told - null)
+    for picture in range(2):
+        factor = told[picture].std() / guided[picture].std()
+        torch.testing.assert_close(found[picture], share * guided[picture] * factor + (1 - share) * guided[picture])
+    assert torch.equal(ClassifierFree(1.0, rescale=share)(network, {}, {})(x, 0.5), told)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_what_is_said_of_the_variance_is_the_conditional_one(rescale):
+    told, null = torch.randn(2, 2, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(2, 4, 3, 3)
+    found = ClassifierFree(3.0, rescale=rescale)(lambda x, t, cond: torch.cat((told, null)), {}, {})(x, 0.5)
+    alone = ClassifierFree(3.0, rescale=rescale)(lambda x, t, c: torch.cat((told, null))[:, :4], {}, {})(x, 0.5)
+    assert torch.equal(found, torch.cat((alone, told[:, 4:]), dim=1))
+
+
 def test_an_empty_conditioning_stays_empty():
     assert stack({}, {}) == {}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"interval": (0.6, 0.2)}, {"interval": (0.0, 1.5)}, {"interval": (0.5,)}, {"rescale": 2.0}]
+)
+def test_what_cannot_be_is_refused_by_its_key(wrong):
+    with pytest.raises(ConfigError, match=f"sampler.guidance.{next(iter(wrong))}"):
+        ClassifierFree(2.0, **wrong)

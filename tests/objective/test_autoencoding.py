@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.autoencoder_kl import AutoencoderKL
+from sdtrain.first_stage.vq import VQModel
 from sdtrain.layer.perceptual import Perceptual
 from sdtrain.layer.vgg import VGG
 from sdtrain.model.discriminator import PatchDiscriminator
-from sdtrain.objective.autoencoding import Autoencoding
+from sdtrain.objective.autoencoding import Autoencoding, VQAutoencoding
 from sdtrain.ops.random import Draw
 
 START, KL, PERCEPTUAL, ADVERSARIAL, LOGVAR = 10, 0.01, 0.3, 0.5, 0.2
@@ -249,3 +250,85 @@ def test_the_terms_are_the_definitions(autoencoder, vgg_file, pixel):
 def test_an_unknown_pixel_loss_is_refused():
     with pytest.raises(ConfigError, match="pixel is l1 or mse, not 'l2'"):
         Autoencoding(pixel="l2")
+
+
+def test_the_discriminators_first_step_is_one_learning_rate_long(autoencoder, objective):
+    learned, lr = objective.discriminator_parameters(), 1e-3
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.1)
+    start = [p.detach().clone() for p in learned]
+
+    def step(number):
+        optimizer.zero_grad()
+        objective.loss(autoencoder, IMAGE, DRAW, number)["loss"].backward()
+        objective.update_adaptive_weight(lambda x: x)
+        optimizer.step()
+        return [p.detach().clone() for p in learned]
+
+    before = [step(number) for number in range(START - 3, START)][-1]
+    assert all(torch.equal(a, b) for a, b in zip(before, start, strict=True))  # nor does it decay
+    assert not optimizer.state
+    moved = torch.cat([(a * (1 - lr * 0.1) - b).flatten().abs() for a, b in zip(before, step(START), strict=True)])
+    assert float(moved.median()) == pytest.approx(lr, rel=0.01)
+    assert float(moved.max()) < 1.01 * lr
+
+
+@pytest.fixture
+def vq():
+    torch.manual_seed(0)
+    return VQModel(block_out_channels=(8, 16), norm_num_groups=4, num_vq_embeddings=16, mid_block_add_attention=False)
+
+
+def test_a_codebooks_loss_stands_in_place_of_the_kl(vq):
+    objective = VQAutoencoding(codebook_weight=0.3, commitment_weight=2.0)
+    terms = objective.loss(vq, IMAGE, DRAW, 0)
+    assert terms.keys() == {"loss", "pixel", "perceptual", "codebook", "commitment", "perplexity", "num_dead"}
+    z = vq.encode(IMAGE).mean
+    codes = vq.quantize.embedding(vq.quantize.nearest(z)).permute(0, 3, 1, 2)
+    pixel, gap = (vq.decode(z) - IMAGE).abs().mean(), (codes - z).square().mean()
+    torch.testing.assert_close(terms["loss"], pixel + 2.3 * gap)
+    torch.testing.assert_close(terms["codebook"], gap.detach())
+    assert objective.generator_parameters() == []
+    assert 1 <= float(terms["perplexity"]) <= 16
+
+
+def test_encoder_and_codebook_each_learn_from_their_own(vq):
+    def gradients(**weights):
+        vq.zero_grad()
+        VQAutoencoding(**weights).loss(vq, IMAGE, DRAW, 0)["loss"].backward()
+        encoder = torch.cat([p.grad.flatten() for p in (*vq.encoder.parameters(), *vq.quant_conv.parameters())])
+        return encoder.clone(), vq.quantize.embedding.weight.grad.clone()
+
+    straight, none = gradients(codebook_weight=0.0, commitment_weight=0.0)
+    assert float(straight.norm()) > 1e-3  # the reconstruction's, straight through
+    assert not none.any()
+    same, moved = gradients(codebook_weight=1.0, commitment_weight=0.0)
+    torch.testing.assert_close(same, straight)
+    assert moved.any()
+    other, none = gradients(codebook_weight=0.0, commitment_weight=1.0)
+    assert float((other - straight).norm()) > 1e-3
+    assert not none.any()
+
+
+def test_an_autoencoder_with_a_codebook_learns(vq):
+    objective = VQAutoencoding(discriminator=PatchDiscriminator(width=8, num_layers=1), adversarial_start=10)
+    learned = [*vq.parameters(), *objective.discriminator_parameters()]
+    optimizer, terms = torch.optim.AdamW(learned, lr=3e-3), []
+    coarse = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
+    images = F.interpolate(coarse, size=(16, 16))  # squares of random colours
+    for step in range(20):
+        optimizer.zero_grad()
+        found = objective.loss(vq, images[step % 4 * 16 :][:16], Draw.of(step, 16), step)
+        found["loss"].backward()
+        objective.update_adaptive_weight(lambda x: x)
+        optimizer.step()
+        terms.append({name: float(value.detach()) for name, value in found.items()})
+    assert sum(t["pixel"] for t in terms[-3:]) < 0.9 * sum(t["pixel"] for t in terms[:3])
+    assert terms[-1]["perplexity"] > 2
+    assert terms[-1]["adaptive_weight"] > 0
+
+
+def test_objective_and_first_stage_must_be_of_a_kind(autoencoder, vq):
+    with pytest.raises(ConfigError, match="has a codebook.*=autoencoding_vq"):
+        Autoencoding().loss(vq, IMAGE, DRAW, 0)
+    with pytest.raises(ConfigError, match="has no codebook.*=autoencoding"):
+        VQAutoencoding().loss(autoencoder, IMAGE, DRAW, 0)

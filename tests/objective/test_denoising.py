@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sdtrain.contracts import PathPoint
-from sdtrain.diffusion.path import RectifiedFlow, VariancePreserving
+from sdtrain.diffusion.path import EDM, RectifiedFlow, VariancePreserving
 from sdtrain.diffusion.timestep import Uniform
+from sdtrain.diffusion.variance import variational_bound
 from sdtrain.diffusion.weighting import MinSNR, Unit
 from sdtrain.errors import ConfigError
 from sdtrain.objective.denoising import Denoising
@@ -15,8 +16,8 @@ DRAW = Draw.of(5, 6)
 X0 = Draw.of(6, 6).normal("data", (4, 5, 3))
 
 
-def objective(prediction="velocity", path=None, weighting=None):
-    return Denoising(path or RectifiedFlow(), prediction, Uniform(), weighting or Unit())
+def objective(prediction="velocity", path=None, weighting=None, **options):
+    return Denoising(path or RectifiedFlow(), prediction, Uniform(), weighting or Unit(), **options)
 
 
 def test_the_loss_is_the_definition():
@@ -86,6 +87,104 @@ def test_gradients_reach_the_network():
     assert float(weight.grad) != 0
 
 
-def test_an_unknown_prediction_is_refused():
+def test_offset_noise_moves_each_channel_and_is_to_be_predicted():
+    seen = {}
+
+    def network(x_t, time, cond):
+        seen.update(x_t=x_t)
+        return torch.zeros_like(x_t)
+
+    made = objective("epsilon", VariancePreserving(), offset_noise=0.3)
+    out = made.loss(network, X0, {}, DRAW)
+    noise = DRAW.normal("noise", (4, 5, 3)) + 0.3 * DRAW.normal("offset_noise", (4, 1, 1))
+    torch.testing.assert_close(out["loss"], noise.square().mean((1, 2, 3)))
+    at = made.path(out["t"])
+    expected = at.alpha.view(-1, 1, 1, 1) * X0 + at.sigma.view(-1, 1, 1, 1) * noise
+    torch.testing.assert_close(seen["x_t"], expected)
+
+
+def test_input_perturbation_is_in_the_input_and_not_in_the_target():
+    seen = {}
+
+    def network(x_t, time, cond):
+        seen.update(x_t=x_t)
+        return torch.zeros_like(x_t)
+
+    made = objective("epsilon", VariancePreserving(), input_perturbation=0.1)
+    out = made.loss(network, X0, {}, DRAW)
+    noise = DRAW.normal("noise", (4, 5, 3))
+    torch.testing.assert_close(out["loss"], noise.square().mean((1, 2, 3)))
+    mixed = noise + 0.1 * DRAW.normal("input_perturbation", (4, 5, 3))
+    at = made.path(out["t"])
+    expected = at.alpha.view(-1, 1, 1, 1) * X0 + at.sigma.view(-1, 1, 1, 1) * mixed
+    torch.testing.assert_close(seen["x_t"], expected)
+
+
+def test_the_networks_input_is_scaled_and_what_is_handed_on_is_not():
+    seen = []
+    made = objective("v", EDM())
+
+    def network(x_t, time, cond):
+        seen.append(x_t)
+        return torch.zeros_like(x_t)
+
+    out = made.loss(network, X0, {}, DRAW)
+    sigma = made.path(out["t"]).sigma.view(-1, 1, 1, 1)
+    torch.testing.assert_close(out["x_t"], X0 + sigma * DRAW.normal("noise", (4, 5, 3)))
+    torch.testing.assert_close(seen[0], out["x_t"] / (1 + sigma**2).sqrt())
+    t = float(out["t"][2])
+    x0 = made.x0_of(network)(out["x_t"][2:3], t, {})
+    torch.testing.assert_close(seen[1], seen[0][2:3])
+    torch.testing.assert_close(x0, out["x_t"][2:3] / (1 + sigma[2] ** 2))  # c_skip x, as the network says 0
+
+
+class TestLearnedVariance:
+    """A network that says the prediction and the variance, each by a weight of its own."""
+
+    def made(self, **options):
+        return objective("epsilon", VariancePreserving("cosine"), learned_variance=True, **options)
+
+    def network(self, mean=0.5, variance=0.3):
+        return lambda x, time, cond: torch.cat((mean * x, variance * x), dim=1)
+
+    def test_the_loss_is_the_hybrid_one(self):
+        made = self.made()
+        out = made.loss(self.network(), X0, {}, DRAW)
+        plain = objective("epsilon", VariancePreserving("cosine")).loss(lambda x, t, c: 0.5 * x, X0, {}, DRAW)
+        predicted = made.to_x0(out["output"], out["x_t"], out["t"])
+        assert predicted.shape == X0.shape
+        fraction = (0.3 * out["x_t"] + 1) / 2
+        bound = variational_bound(made.path, out["t"], X0, predicted, fraction)
+        torch.testing.assert_close(out["loss"], plain["loss"] + 0.001 * bound)
+
+    def test_the_bound_moves_the_variance_and_not_the_mean(self):
+        mean, variance = (torch.tensor(v, requires_grad=True) for v in (0.5, 0.3))
+        self.made().loss(self.network(mean, variance), X0, {}, DRAW)["loss"].mean().backward()
+        alone = torch.tensor(0.5, requires_grad=True)
+        plain = objective("epsilon", VariancePreserving("cosine"))
+        plain.loss(lambda x, t, c: alone * x, X0, {}, DRAW)["loss"].mean().backward()
+        torch.testing.assert_close(mean.grad, alone.grad)
+        assert float(variance.grad) != 0
+
+    def test_samplers_get_the_fraction_when_they_ask_for_it(self):
+        made, x = self.made(), DRAW.normal("x", (4, 5, 3))
+        both = made.x0_of(self.network(), variance=True)(x, 0.4, {})
+        assert torch.equal(both[:, :4], made.x0_of(self.network())(x, 0.4, {}))
+        torch.testing.assert_close(both[:, 4:], (0.3 * x + 1) / 2)
+
+    def test_what_does_not_fit_is_refused(self):
+        with pytest.raises(ConfigError, match="needs a VariancePreserving path; RectifiedFlow has no steps"):
+            objective("v", RectifiedFlow(), learned_variance=True)
+        with pytest.raises(ConfigError, match="model.out_channels=4 must be 8"):
+            self.made().loss(lambda x, t, c: x, X0, {}, DRAW)
+        with pytest.raises(ConfigError, match="model.out_channels=8 must be 4"):
+            objective().x0_of(self.network())(X0, 0.5, {})
+        with pytest.raises(ConfigError, match="needs a run with objective.learned_variance=true"):
+            objective().x0_of(self.network(), variance=True)
+
+
+def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="one of epsilon, x0, v, velocity, not 'noise'"):
         objective("noise")
+    with pytest.raises(ConfigError, match="prediction=epsilon does not determine x0"):
+        objective("epsilon", VariancePreserving(zero_terminal_snr=True))
