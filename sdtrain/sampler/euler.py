@@ -1,41 +1,50 @@
-"""Euler and Heun on the probability-flow ODE."""
+"""Euler and Heun on the probability-flow ODE (Song et al. 2021b, equation 13)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from sdtrain.contracts import NoisePath, PathPoint
-from sdtrain.errors import ConfigError
+from sdtrain.contracts import NoisePath
+from sdtrain.diffusion.guidance import UNGUIDED, ClassifierFree
 from sdtrain.ops.random import Draw
+from sdtrain.sampler.spacing import Level, Spacing, check, levels, start
+
+FAR = 1000.0  # from a sigma / alpha above it, or infinite, Heun's first steps in that variable would be all error
 
 
-def velocity(x: Tensor, x0: Tensor, at: PathPoint) -> Tensor:
-    """dx/dt = d_alpha x0 + d_sigma noise, with the noise that x0 means at x (Song et al. 2021b, equation 13, in path
-    form).
-    """
-    return at.d_alpha * x0 + at.d_sigma * (x - at.alpha * x0) / at.sigma
+def tangent(x: Tensor, x0: Tensor, at: Level) -> Tensor:
+    """The noise that an x0 at x means."""
+    return (x - at.alpha * x0) / at.sigma
 
 
 class Euler:
-    """Euler steps in the path's own time: for a rectified flow the straight step of Liu et al. 2022.
+    """x_s = alpha_s x0 + sigma_s noise with the x0 and noise of x_t: an Euler step in x / alpha over sigma / alpha
+    (Karras et al. 2022), and also the straight step of a rectified flow (Liu et al. 2022).
 
     Args:
         num_steps: steps.
-        shift: times t' = s t / (1 + (s - 1) t): more of them near the noise for s > 1 (Esser et al. 2024, equation 23).
+        shift, spacing: the times, see `spacing.py`.
         heun: correct each step but the last by the slope at its end (Karras et al. 2022, algorithm 1): two
-            evaluations a step.
-        guidance_scale: of classifier-free guidance, unless the caller says another.
+            evaluations a step. Here the variable does matter: it is sigma / alpha, or where a path starts at an (all
+            but) infinite one, sigma / (alpha + sigma), which for a rectified flow is t.
+        guidance: how the denoiser is asked.
     """
 
     def __init__(
-        self, num_steps: int = 50, shift: float = 1.0, heun: bool = False, guidance_scale: float = 1.0
+        self,
+        num_steps: int = 50,
+        shift: float = 1.0,
+        heun: bool = False,
+        guidance: ClassifierFree = UNGUIDED,
+        spacing: Spacing = "uniform",
     ) -> None:
-        if num_steps < 1:
-            raise ConfigError(f"sampler.num_steps={num_steps} must be at least 1")
-        self.num_steps, self.shift, self.heun, self.guidance_scale = num_steps, shift, heun, guidance_scale
+        check(num_steps, spacing, shift)
+        self.num_steps, self.shift, self.heun, self.guidance = num_steps, shift, heun, guidance
+        self.spacing = spacing
+        self.order = 2 if heun else 1  # of the error, in 1 / num_steps
 
     def __call__(
         self,
@@ -45,19 +54,18 @@ class Euler:
         draw: Draw | None = None,  # noqa: ARG002 the signature all samplers share
     ) -> Tensor:
         """noise (B, C, h, w) -> x0."""
-        times = torch.linspace(1.0, 0.0, self.num_steps + 1)
-        times = self.shift * times / (1 + (self.shift - 1) * times)
-        points = path(times)
-        x = noise
-        for i in range(self.num_steps):
-            at, after = (PathPoint(*(v[k] for v in points)) for k in (i, i + 1))
-            x0 = denoise(x, float(times[i]))
-            if i == self.num_steps - 1:  # at t = 0 the exact end of the step is x0 itself
+        line = levels(path, self.num_steps, self.spacing, self.shift)
+        x, is_far = start(noise, line[0]), line[0].sigma > FAR * line[0].alpha
+        for at, to in pairwise(line):
+            x0 = denoise(x, at.t)
+            if to.sigma == 0:
                 return x0
-            slope = velocity(x, x0, at)
-            step = times[i + 1] - times[i]
-            predicted = x + step * slope
+            n = tangent(x, x0, at)
+            end = to.alpha * x0 + to.sigma * n
             if self.heun:
-                slope = (slope + velocity(predicted, denoise(predicted, float(times[i + 1])), after)) / 2
-            x = x + step * slope
+                end_x0 = denoise(end, to.t)
+                x0, n = (x0 + end_x0) / 2, (n + tangent(end, end_x0, to)) / 2
+                gain = (to.alpha + to.sigma) / (at.alpha + at.sigma) if is_far else to.alpha / at.alpha
+                end = gain * x + (to.alpha - gain * at.alpha) * x0 + (to.sigma - gain * at.sigma) * n
+            x = end
         return x

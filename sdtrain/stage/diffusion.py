@@ -14,7 +14,7 @@ from sdtrain.layer.frozen import Frozen
 from sdtrain.ops.random import Draw
 from sdtrain.stage.autoencoder import to_uint8
 from sdtrain.stage.base import Stage
-from sdtrain.stage.generation import Generation
+from sdtrain.stage.generation import Generation, for_conditioner
 
 _BATCH = 128
 
@@ -75,7 +75,8 @@ class DiffusionStage(Stage):
         self.consumed(batch)
         draw = self.draw(batch)
         x0 = self.latents(batch, draw)
-        out = self.objective.loss(self.model, x0, self.conditioner(batch, draw), draw)
+        told = self.conditioner(for_conditioner(batch, self.first_stage, tuple(x0.shape[2:])), draw)
+        out = self.objective.loss(self.model, x0, told, draw)
         loss = out["loss"].mean()
         if self.decoded is not None:
             predicted = self.objective.to_x0(out["output"], out["x_t"], out["t"])
@@ -97,7 +98,8 @@ class DiffusionStage(Stage):
             draw = Draw(self.context.seed, moved["sample_id"], moved["epoch"])
             with self.precision():
                 x0 = self.latents(moved, draw)
-                losses.append(self.objective.loss(self.model, x0, self.conditioner(moved), draw)["loss"])
+                told = self.conditioner(for_conditioner(moved, self.first_stage, tuple(x0.shape[2:])))
+                losses.append(self.objective.loss(self.model, x0, told, draw)["loss"])
         return {"val/loss": float(torch.cat(losses).mean())}
 
     def generation(self) -> Generation:
@@ -106,16 +108,16 @@ class DiffusionStage(Stage):
         parts = (self.model, self.conditioner, self.objective, self.first_stage, self.sampler)
         return Generation(*parts, latent_size=(side, side))
 
-    def generate(self, captions: Sequence[str], seed: int) -> np.ndarray:
+    def generate(self, batch: Batch, seed: int) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
         with self.precision():
-            return self.generation()({"caption": list(captions)}, seed)
+            return self.generation()(batch, seed)
 
     def preview(self) -> Preview:
         """The same held-out captions and the same noise each time."""
         data = self.trainer.datamodule
-        captions = data.captions("val")[:16]
-        return Preview(self.generate(captions, self.context.seed), captions, 8)
+        batch = data.load("val", range(min(16, data.splits["val"])), as_images=True)
+        return Preview(self.generate(batch, self.context.seed), batch["caption"], 8)
 
     def finish(self) -> dict[str, Any]:
         """The summary of the stage: losses, and what the pictures show where the data says what they should."""
@@ -136,26 +138,27 @@ class DiffusionStage(Stage):
         for name, split, num_things in (("one", "val", 1), ("two", "val", 2), ("heldout", "held_out", 1)):
             told = data.attributes(split)
             ids = [i for i, found in enumerate(told) if len(found["things"]) == num_things][: reader.num_captions]
-            image = data.load(split, ids, as_images=True)["image"].to(self.device)
+            batch = data.load(split, ids, as_images=True)
+            image = batch["image"].to(self.device)
             with torch.no_grad(), self.precision():
                 made = [self.first_stage.decode(self.first_stage.encode(part).mean) for part in image.split(_BATCH)]
-            captions = data.captions(split)
             groups[name] = {
                 "real": to_uint8(image),
                 "attributes": [told[i] for i in ids],
                 "reconstructions": to_uint8(torch.cat(made)),
-                "samples": self.generate([captions[i] for i in ids], self.context.seed),
+                "samples": self.generate(batch, self.context.seed),
             }
         return groups
 
     def _memorisation(self, groups: dict[str, dict[str, Any]]) -> dict[str, float]:
         data = self.trainer.datamodule
         num_held_out = min(512, data.splits["val"])
-        held_out = to_uint8(data.load("val", range(num_held_out), as_images=True)["image"])
+        batch = data.load("val", range(num_held_out), as_images=True)
+        held_out = to_uint8(batch["image"])
         if groups:
             samples = np.concatenate([group["samples"] for group in groups.values()])
         else:
-            samples = self.generate(data.captions("val")[:num_held_out], self.context.seed)
+            samples = self.generate(batch, self.context.seed)
         num = min(data.splits["train"], 50_000)
         loaded = (data.load("train", range(i, min(i + 1024, num)), as_images=True) for i in range(0, num, 1024))
         training = np.concatenate([to_uint8(batch["image"]) for batch in loaded])

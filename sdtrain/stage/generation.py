@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdtrain.contracts import Batch
-from sdtrain.diffusion.guidance import classifier_free
 from sdtrain.ops.random import Draw
 from sdtrain.stage.autoencoder import to_uint8
+
+
+def for_conditioner(batch: Batch, first_stage: Any, latent_size: tuple[int, int]) -> Batch:  # noqa: ANN401 a part
+    """The batch with what a conditioner may ask of the stage: the sizes, and the frozen first stage's latents."""
+
+    @torch.no_grad()
+    def encode(image: Tensor) -> Tensor:
+        return first_stage.whiten(first_stage.encode(image).mean)
+
+    image_size = (latent_size[0] * first_stage.down_factor, latent_size[1] * first_stage.down_factor)
+    return {**batch, "image_size": image_size, "latent_size": latent_size, "encode": encode}
 
 
 @dataclass
@@ -44,22 +54,34 @@ class Generation:
             negative: what to move away from instead of the null condition.
             size: pictures drawn at once.
         """
+        guidance = self.sampler.guidance
+        if guidance_scale is not None:
+            guidance = replace(guidance, scale=guidance_scale)
         num = len(batch["caption"])
         device = next(self.model.parameters()).device
         pictures = []
         for start in range(0, num, size):
-            part: Batch = {"caption": batch["caption"][start : start + size]}
-            count = len(part["caption"])
-            ids = torch.arange(start, start + count, device=device)
+            part = _part(batch, slice(start, start + size), device)
+            ids = torch.arange(start, start + len(part["caption"]), device=device)
             draw = Draw(seed, ids, torch.zeros_like(ids))
             noise = draw.normal("generation", (self.first_stage.latent_channels, *self.latent_size))
+            part = for_conditioner({"sample_id": ids, **part}, self.first_stage, self.latent_size)
             cond = self.conditioner(part)
             if negative is None:
                 null = self.conditioner.unconditional(part)
             else:
-                null = self.conditioner({"caption": negative["caption"][start : start + size]})
-            scale = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
-            denoise = classifier_free(self.objective.x0_of(self.model), cond, null, scale)
+                null = self.conditioner(part | _part(negative, slice(start, start + size), device))
+            x0_of = self.objective.x0_of(self.model, variance=getattr(self.sampler, "learned_variance", False))
+            denoise = guidance(x0_of, cond, null)
             latent = self.sampler(denoise, noise, self.objective.path, draw)
             pictures.append(to_uint8(self.first_stage.decode(self.first_stage.unwhiten(latent))))
         return np.concatenate(pictures)
+
+
+def _part(batch: Batch, rows: slice, device: torch.device) -> Batch:
+    """Some samples of a batch, on the device, with everything that is known of them."""
+    return {
+        name: values[rows].to(device) if isinstance(values, Tensor) else values[rows]
+        for name, values in batch.items()
+        if isinstance(values, list | Tensor)
+    }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from sdtrain.diffusion.path import RectifiedFlow, VariancePreserving
 from sdtrain.errors import ConfigError
@@ -54,33 +54,36 @@ def test_on_straight_paths_it_is_euler():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
-def test_each_step_is_that_of_diffusers(eta, prediction):
-    num_steps, path = 20, VariancePreserving(num_steps=1001)  # our t = i / 20 is their step 50 i - 1
-    alpha_bar = path(torch.linspace(0, 1, 1001, dtype=torch.float64)).alpha.square()
-    theirs = DDIMScheduler(prediction_type=prediction, clip_sample=False, timestep_spacing="trailing")
-    theirs.alphas_cumprod = alpha_bar[1:]
-    theirs.set_timesteps(num_steps)
-    draw = Draw.of(0, 2)
-    noise = draw.normal("generation", (4, 8, 8)).double()
-    denoise, seen = best(path), []
+def test_each_step_is_that_of_diffusers(eta, spacing, prediction, beside, scaled_linear):
+    """With `set_alpha_to_one`, its default: the last step ends at x0 itself."""
+    values = scaled_linear | {"timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    theirs = DDIMScheduler(**values, prediction_type=prediction, clip_sample=False)
+    beside.check(DDIM(20, eta, spacing=spacing), theirs, prediction, purpose="ddim", eta=eta)
 
-    def recorded(x, t):
-        seen.append(x)
-        return denoise(x, t)
 
-    last = DDIM(num_steps, eta)(recorded, noise, path, draw)
+@pytest.mark.parametrize("eta", [0.0, 0.9])  # at eta = 1 diffusers' first step is the root of -1e-8: NaN
+def test_zero_terminal_snr_is_that_of_diffusers(eta, beside, scaled_linear):
+    theirs = DDIMScheduler(
+        **scaled_linear,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        clip_sample=False,
+    )
+    path = VariancePreserving(zero_terminal_snr=True)
+    beside.check(DDIM(20, eta, spacing="trailing"), theirs, "v_prediction", path, purpose="ddim", eta=eta)
 
-    x = noise
-    for i, step in enumerate(theirs.timesteps):
-        torch.testing.assert_close(seen[i], x, rtol=1e-4, atol=1e-5)
-        a, s = alpha_bar[step + 1].sqrt(), (1 - alpha_bar[step + 1]).sqrt()
-        x0 = denoise(x, float(step + 1) / 1000)
-        epsilon = (x - a * x0) / s
-        output = {"epsilon": epsilon, "v_prediction": a * epsilon - s * x0, "sample": x0}[prediction]
-        z = draw.normal(f"ddim.{i}", x.shape[1:]).double()
-        x = theirs.step(output, step, x, eta=eta, variance_noise=z if eta else None).prev_sample
-    torch.testing.assert_close(last, x, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("spacing", "num_steps"), [("linspace", 10), ("linspace", 20), ("leading", 20), ("trailing", 20)]
+)
+def test_with_eta_1_it_is_the_ancestral_euler_of_diffusers(spacing, num_steps, prediction, beside, scaled_linear):
+    values = scaled_linear | {"timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    theirs = EulerAncestralDiscreteScheduler(**values, prediction_type=prediction)
+    beside.check(DDIM(num_steps, 1.0, spacing=spacing), theirs, prediction, purpose="ddim")
 
 
 def test_a_samples_picture_does_not_depend_on_its_batch():
@@ -96,6 +99,8 @@ def test_random_steps_want_random_numbers():
         DDIM(5, eta=1.0)(best(PATHS[0]), torch.zeros(1, 1, 2, 2), PATHS[0])
 
 
-def test_no_steps_are_refused():
+def test_values_that_cannot_be():
     with pytest.raises(ConfigError, match="num_steps"):
         DDIM(0)
+    with pytest.raises(ConfigError, match="eta=1.5 must lie between 0 and 1"):
+        DDIM(eta=1.5)
