@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdtrain.layer.conv import Conv1x1
 from sdtrain.layer.norm import GroupNorm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention over (B, heads, L, D); mask broadcasts, True = attend.
 
-    On a CPU, torch's flash backward took 4 times as long as three plain products at the lengths of small latents
-    (measured: `tools/bench/attention.py`), so short sequences go the plain way there.
+    On a CPU, torch's flash backward in bfloat16 took 4 times as long as plain products at the lengths of small latents
+    (measured: `tools/bench/attention.py`), so there they are taken, up to 2^17 scores a head: beyond, memory counts.
     """
-    if q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > 256 * 256:
+    if q.device.type != "cpu" or q.element_size() > 2 or q.shape[-2] * k.shape[-2] > 2**17:
         return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, L, M)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v  # (B, heads, L, D)
+    return plain_attention(q, k, v, mask)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attend` with all scores in memory at once."""
+    shape = (*q.shape[:3], k.shape[2])
+    if mask is None:
+        bias = q.new_zeros(1)
+    else:  # the least there is, not minus infinity: nothing to attend to must not be NaN
+        bias = q.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        bias = bias.expand(*shape[:2], -1, -1).flatten(0, 1)  # (B heads, 1 or L, M)
+    q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (B heads, L, D)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=int(mask is not None), alpha=q.shape[2] ** -0.5)
+    return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v).unflatten(0, shape[:2])  # (B, heads, L, D)
 
 
 class Attention(nn.Module):
@@ -89,19 +101,34 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and inside a residual."""
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and inside a residual.
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int, cross_attention_dim: int | None) -> None:
+    Args:
+        only_cross_attention: the first attention reads the context as well.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        cross_attention_dim: int | None,
+        only_cross_attention: bool = False,
+    ) -> None:
         super().__init__()
+        heads = {"num_heads": num_heads, "head_dim": head_dim}
+        self.only_cross_attention = only_cross_attention
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, num_heads=num_heads, head_dim=head_dim)
+        self.attn1 = Attention(dim, cross_attention_dim=cross_attention_dim if only_cross_attention else None, **heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, num_heads=num_heads, head_dim=head_dim, cross_attention_dim=cross_attention_dim)
+        self.attn2 = Attention(dim, cross_attention_dim=cross_attention_dim, **heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        read = (context, mask) if self.only_cross_attention else ()
+        x = x + self.attn1(self.norm1(x), *read)
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
 
@@ -110,41 +137,50 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map (Rombach et al. 2022, section 3.3 and appendix E.2.1).
 
     Args:
-        linear_projection: SD 2.x and XL project tokens by linear layers, SD 1.x the map by 1x1 convolutions.
+        linear_projection: SD 2.x and XL store the two projections as linear layers, SD 1.x as 1x1 convolutions.
+        only_cross_attention: no attention among the positions (SD's x4 upscaler).
     """
+
+    is_region = True  # for ops/compile.py
 
     def __init__(
         self,
         channels: int,
         *,
         num_heads: int,
-        head_dim: int,
         num_layers: int,
         cross_attention_dim: int | None,
         groups: int,
         linear_projection: bool,
+        only_cross_attention: bool = False,
     ) -> None:
         super().__init__()
+        head_dim = channels // num_heads
         inner = num_heads * head_dim
-        self.linear_projection = linear_projection
+        projection = nn.Linear if linear_projection else Conv1x1
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
+        self.proj_in = projection(channels, inner)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(inner, num_heads, head_dim, cross_attention_dim) for _ in range(num_layers)]
+            [
+                TransformerBlock(
+                    inner,
+                    num_heads=num_heads,
+                    head_dim=head_dim,
+                    cross_attention_dim=cross_attention_dim,
+                    only_cross_attention=only_cross_attention,
+                )
+                for _ in range(num_layers)
+            ]
         )
-        self.proj_out = nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
+        self.proj_out = projection(inner, channels)
         nn.init.zeros_(self.proj_out.weight)  # starts as the identity (Dhariwal and Nichol 2021)
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """x (B, C, H, W), context (B, M, E) -> (B, C, H, W)."""
-        height = x.shape[2]
-        h = self.norm(x)
-        h = h if self.linear_projection else self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (B, H W, C): a view where x is channels-last
-        h = self.proj_in(h) if self.linear_projection else h
+        tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C): a view, as maps are channels-last
+        tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
-            h = block(h, context, mask)
-        h = self.proj_out(h) if self.linear_projection else h
-        h = h.transpose(1, 2).unflatten(2, (height, -1))  # (B, C, H, W), still channels-last
-        return x + (h if self.linear_projection else self.proj_out(h))
+            tokens = block(tokens, context, mask)
+        tokens = self.proj_out(tokens).unflatten(1, x.shape[2:])  # (B, H, W, C)
+        return x + tokens.permute(0, 3, 1, 2)  # (B, C, H, W), still channels-last

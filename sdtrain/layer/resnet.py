@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdtrain.layer.conv import Conv1x1, Conv3x3
 from sdtrain.layer.norm import GroupNorm
 
 
@@ -16,6 +17,8 @@ class ResnetBlock(nn.Module):
         time_embed_dim: width of the timestep embedding, or None where there is none (an autoencoder).
         zero_init: start as the identity: the second convolution is zero (Dhariwal and Nichol 2021, appendix A).
     """
+
+    is_region = True  # for ops/compile.py
 
     def __init__(
         self,
@@ -30,17 +33,17 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         if time_embed_dim is not None:
             self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         if zero_init:
             nn.init.zeros_(self.conv2.weight)
             nn.init.zeros_(self.conv2.bias)
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = Conv1x1(in_channels, out_channels)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), temb (B, T) after its SiLU -> (B, C', H, W)."""
@@ -48,7 +51,9 @@ class ResnetBlock(nn.Module):
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C', H, W)
+        return x + h
 
 
 class Downsample(nn.Module):
@@ -68,7 +73,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         x = F.interpolate(x, size=size) if size else F.interpolate(x, scale_factor=2.0)

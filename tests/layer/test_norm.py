@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sdtrain.layer.norm import GroupNorm
 
@@ -40,6 +41,14 @@ def test_it_stays_channels_last(pair, device, dtype):
         y = pair[0].to(device)(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert not y.is_contiguous()
+
+
+def test_it_is_channels_last_whatever_torch_answers(pair, monkeypatch):
+    """As `F.group_norm` on CUDA answers in NCHW."""
+    theirs = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda *args: theirs(*args).contiguous())
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert pair[0](x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_input_that_needs_no_gradient_does_not_crash_the_backward(pair):

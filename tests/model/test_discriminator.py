@@ -13,6 +13,13 @@ def test_at_the_papers_size_it_has_the_papers_layers():
     widths = [module.out_channels for module in network.layers if isinstance(module, nn.Conv2d)]
     assert widths == [64, 128, 256, 512, 1]  # C64-C128-C256-C512 (Isola et al. 2017, section 6.1.2)
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 6, 6)
+    assert sum(p.numel() for p in network.parameters()) == 2_765_633
+
+
+def test_it_grows_up_to_eight_times_its_width():
+    network = PatchDiscriminator(in_channels=4, width=8, num_layers=5)
+    widths = [module.out_channels for module in network.layers if isinstance(module, nn.Conv2d)]
+    assert widths == [8, 16, 32, 64, 64, 64, 1]
 
 
 def test_no_picture_sees_its_batch():

@@ -1,0 +1,72 @@
+"""Convolutions as products: torch's own numbers and gradients, whichever way they are computed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sdtrain.layer.conv import Conv1x1, Conv3x3, _Patches
+
+
+def twins(kind, *sizes, **theirs_alone):
+    torch.manual_seed(0)
+    ours, theirs = kind(*sizes), nn.Conv2d(*sizes, **theirs_alone)
+    ours.load_state_dict(theirs.state_dict())
+    return ours.to(memory_format=torch.channels_last), theirs
+
+
+def compare(ours, theirs, x, apply, rtol=1e-5, atol=1e-5):
+    """Values and all gradients; ours stays channels-last."""
+    mine, other = (x.clone().requires_grad_() for _ in range(2))
+    found, expected = apply(ours, mine.contiguous(memory_format=torch.channels_last)), theirs(other)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=atol)
+    direction = torch.randn(expected.shape)
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for a, b in ((mine, other), (ours.weight, theirs.weight), (ours.bias, theirs.bias)):
+        assert float((a.grad - b.grad).norm()) <= 10 * rtol * float(b.grad.norm())
+    assert ours.weight.grad.stride() == ours.weight.stride()
+
+
+@pytest.mark.parametrize("size", [(2, 3), (1, 1), (5, 4)], ids=["small", "a point", "large"])
+def test_3x3_is_torchs(size, monkeypatch):
+    ours, theirs = twins(Conv3x3, 6, 16, kernel_size=3, padding=1)
+    calls, patches = [], _Patches.apply
+    monkeypatch.setattr(_Patches, "apply", lambda x: calls.append(x.shape) or patches(x))
+    compare(ours, theirs, torch.randn(2, 6, *size), lambda conv, x: conv(x))
+    assert len(calls) == (2 * size[0] * size[1] <= 16)
+
+
+def test_3x3_sums_patches_of_bfloat16_in_float32():
+    ours, theirs = twins(Conv3x3, 6, 32, kernel_size=3, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(torch.randn(2, 6, 3, 3)).dtype == torch.bfloat16
+    patches = torch.full((1, 1, 9, 9), 1.0, dtype=torch.bfloat16)
+    patches[0, 0, :, 4] = 256.0  # 256 + 1 is 256 in bfloat16, but 256 + 2 is not
+    x = torch.zeros(1, 1, 9, 1, dtype=torch.bfloat16, requires_grad=True)
+    (found,) = torch.autograd.grad(_Patches.apply(x), x, patches)
+    assert found[0, 0, 4, 0] == 258.0
+
+    def autocast(conv, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return conv(x)
+
+    compare(ours, theirs, torch.randn(2, 6, 3, 3), autocast, rtol=2e-2, atol=2e-2)
+
+
+def test_patches_pass_the_numerical_check_of_gradients():
+    x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_Patches.apply, x)
+    expected = F.unfold(x.permute(0, 3, 1, 2), 3, padding=1).unflatten(1, (2, 9)).permute(0, 3, 2, 1)
+    assert torch.equal(_Patches.apply(x), expected.reshape(2, 2, 3, 18))
+
+
+def test_1x1_is_torchs_over_the_last_dimension():
+    ours, theirs = twins(Conv1x1, 6, 10, kernel_size=1)
+    compare(
+        ours, theirs, torch.randn(2, 6, 5, 4), lambda conv, x: conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    )  # fmt: skip
+    assert {name: p.shape for name, p in ours.state_dict().items()} == {
+        name: p.shape for name, p in theirs.state_dict().items()
+    }
