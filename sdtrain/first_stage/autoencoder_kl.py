@@ -5,19 +5,26 @@ Parameter names and configuration keys are those of diffusers' `AutoencoderKL`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sdtrain.contracts import Posterior
+from sdtrain.errors import ConfigError
+from sdtrain.first_stage.whitening import Whitened, fold_input, fold_output
 from sdtrain.layer.attention import Attention
 from sdtrain.layer.norm import GroupNorm
 from sdtrain.layer.resnet import Downsample, ResnetBlock, Upsample
 
+_Block = Callable[[Tensor], Tensor]
+
 
 class _Mid(nn.Module):
+    """Two residual blocks at the lowest resolution, one attention over all positions between them."""
+
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups=groups) for _ in range(2)])
@@ -25,35 +32,57 @@ class _Mid(nn.Module):
             heads = Attention(channels, num_heads=1, head_dim=channels, bias=True, norm_groups=groups)
             self.attentions = nn.ModuleList([heads])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def blocks(self) -> Iterator[_Block]:
+        yield self.resnets[0]
         if hasattr(self, "attentions"):
-            x = self.attentions[0].spatial(x)
-        return self.resnets[1](x)
+            yield self.attentions[0].spatial
+        yield self.resnets[1]
 
 
 class _Level(nn.Module):
+    """The residual blocks of one resolution, then resampling."""
+
     def __init__(self, resnets: list[nn.Module]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
+    def blocks(self) -> Iterator[_Block]:
+        yield from self.resnets
         for name in ("downsamplers", "upsamplers"):
             if hasattr(self, name):
-                x = getattr(self, name)[0](x)
-        return x
+                yield from getattr(self, name)
 
 
-class Encoder(nn.Module):
+class _Half(nn.Module):
+    """What encoder and decoder share: their output, and how blocks are run."""
+
+    def __init__(self, in_channels: int, first: int, last: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, last, 1e-6)
+        self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
+
+    def _run(self, x: Tensor, *levels: _Mid | _Level) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*(block for level in levels for block in level.blocks()), self._activation):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+            else:
+                x = block(x)
+        return self.conv_out(x)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return F.silu(self.conv_norm_out(x))
+
+
+class Encoder(_Half):
     """(B, in_channels, H, W) -> (B, out_channels, H / f, W / f), f = 2^(levels - 1)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, widths: Sequence[int], layers: int, groups: int, attention: bool
     ) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        super().__init__(in_channels, widths[0], widths[-1], out_channels, groups)
         self.down_blocks, previous = nn.ModuleList(), widths[0]
         for i, width in enumerate(widths):
             inputs = [previous] + [width] * (layers - 1)
@@ -63,25 +92,19 @@ class Encoder(nn.Module):
             self.down_blocks.append(level)
             previous = width
         self.mid_block = _Mid(previous, groups, attention)
-        self.conv_norm_out = GroupNorm(groups, previous, 1e-6)
-        self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self._run(x, *self.down_blocks, self.mid_block)
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
     """(B, in_channels, h, w) -> (B, out_channels, h f, w f)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, widths: Sequence[int], layers: int, groups: int, attention: bool
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, widths[-1], widths[0], out_channels, groups)
         previous = widths[-1]
-        self.conv_in = nn.Conv2d(in_channels, previous, 3, padding=1)
         self.mid_block = _Mid(previous, groups, attention)
         self.up_blocks = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
@@ -91,28 +114,24 @@ class Decoder(nn.Module):
                 level.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(level)
             previous = width
-        self.conv_norm_out = GroupNorm(groups, previous, 1e-6)
-        self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self._run(x, self.mid_block, *self.up_blocks)
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Whitened):
     """Encodes pictures in [-1, 1] to a diagonal Gaussian over latents, and decodes latents.
-
-    Whitening is per channel, (z - shift) * scale, with statistics that are measured at the end of stage 1 and are
-    values, not buffers: they live in the stage manifest.
 
     Args:
         block_out_channels: widths from full resolution down; the down-factor is 2^(their number - 1).
         mid_block_add_attention: one attention over all positions at the lowest resolution, in encoder and decoder.
+        use_quant_conv, use_post_quant_conv: 1x1 convolutions around the latents; SD3's and Flux's have none.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(
+    diffusers_class = "AutoencoderKL"
+
+    def __init__(  # noqa: PLR0913 the keys of diffusers' configuration
         self,
         in_channels: int = 3,
         out_channels: int = 3,
@@ -123,20 +142,22 @@ class AutoencoderKL(nn.Module):
         mid_block_add_attention: bool = True,
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        can_fold = use_quant_conv and use_post_quant_conv
+        super().__init__(latent_channels, shifts_channels=can_fold, scales_channels=can_fold)
         widths = list(block_out_channels)
         shared = (widths, layers_per_block, norm_num_groups, mid_block_add_attention)
         self.encoder = Encoder(in_channels, 2 * latent_channels, *shared)
         self.decoder = Decoder(latent_channels, out_channels, *shared)
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = gradient_checkpointing
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
         moments = self.encoder.conv_out if self.quant_conv is None else self.quant_conv
         # A posterior that starts as wide as the prior drowns the latents, and the first hundreds of steps only narrow
         # it.
         nn.init.constant_(moments.bias[latent_channels:], -6.0)
-        self.latent_channels, self.down_factor = latent_channels, 2 ** (len(widths) - 1)
-        self.shift, self.scale = [0.0] * latent_channels, [1.0] * latent_channels
+        self.down_factor = 2 ** (len(widths) - 1)
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -157,14 +178,24 @@ class AutoencoderKL(nn.Module):
         latent = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
         return self.decoder(latent)
 
-    def whiten(self, latent: Tensor) -> Tensor:
-        """Unit variance and zero mean per channel: what the denoiser is trained on."""
-        return (latent - self._per_channel(self.shift, latent)) * self._per_channel(self.scale, latent)
+    def folded_state(self) -> dict[str, Tensor]:
+        """The state of the same autoencoder whose own latents are the whitened ones: its scale is 1 and its shift 0.
 
-    def unwhiten(self, latent: Tensor) -> Tensor:
-        """The inverse of `whiten`."""
-        return latent / self._per_channel(self.scale, latent) + self._per_channel(self.shift, latent)
+        mean' = (mean - shift) scale and std' = std scale are affine in what the 1x1 quantisation convolution gives
+        (log-variance plus 2 log scale), and the inverse is affine in what the post-quantisation convolution takes.
 
-    @staticmethod
-    def _per_channel(values: list[float], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[None, :, None, None]
+        Raises:
+            ConfigError: where it lacks one of the two; its whitening is a scaling_factor and a shift_factor then.
+        """
+        if self.quant_conv is None or self.post_quant_conv is None:
+            raise ConfigError(
+                "an autoencoder without quant_conv and post_quant_conv cannot take its whitening into them: "
+                "export it with a scaling_factor and a shift_factor"
+            )
+        shift, scale = torch.tensor(self.shift).double(), torch.tensor(self.scale).double()
+        none, one = torch.zeros_like(shift), torch.ones_like(scale)
+        folded = fold_output(self, "quant_conv", torch.cat((shift, none)), torch.cat((scale, one)))
+        folded["quant_conv.bias"][self.latent_channels :] += 2 * scale.log()
+        folded |= fold_input(self, "post_quant_conv", shift, scale)
+        state = self.state_dict()
+        return state | {name: tensor.to(state[name]) for name, tensor in folded.items()}

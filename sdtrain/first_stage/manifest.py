@@ -121,6 +121,7 @@ def measure(first_stage: nn.Module, moments: Iterable[Tensor], image_size: int) 
     spread = (squares / count - centre.square() + variances / count).clamp(min=0).sqrt()
     # Positions of one picture are not independent, so the error is that of means over pictures.
     error = torch.cat(per_image).std(dim=0, correction=0) / math.sqrt(num_images) * 1.96  # (2, C)
+    centre, spread = first_stage.whitening(centre, spread)
     return Manifest(
         weight_hash=weight_hash(first_stage),
         down_factor=first_stage.down_factor,

@@ -138,3 +138,21 @@ def test_a_file_that_is_none_is_refused_by_name(manifest, tmp_path, text, told):
     with pytest.raises(ConfigError, match=told) as refused:
         Manifest.load(path)
     assert str(path) in str(refused.value).splitlines()[0]
+
+
+def test_without_quant_convolutions_the_whitening_is_one_number_as_an_export_can_say_it(posteriors):
+    """A VAE whose channels cannot be folded away gets one shift and one scale, under which all latents are standard."""
+    plain = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    manifest = measure(plain, posteriors, image_size=8)
+    assert len(set(manifest.latent_mean)) == len(set(manifest.latent_std)) == 1
+    mean, std = torch.cat(posteriors).double().unbind(dim=1)
+    assert manifest.latent_mean[0] == pytest.approx(float(mean.mean()))
+    spread = (std.square() + (mean - mean.mean()).square()).mean().sqrt()
+    assert manifest.latent_std[0] == pytest.approx(float(spread))
