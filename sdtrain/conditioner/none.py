@@ -12,12 +12,12 @@ class Nothing(nn.Module):
     """An empty conditioning; guidance has nothing to guide by.
 
     Args:
-        width: null, as there is no context for a denoiser to attend to.
+        width, pooled_width: null, as there is no text for a denoiser to attend to.
     """
 
-    def __init__(self, width: None = None) -> None:
+    def __init__(self, width: None = None, pooled_width: None = None) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.pooled_width = width, pooled_width
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:  # noqa: ARG002 the signature all share
         return {}

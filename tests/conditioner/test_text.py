@@ -1,110 +1,66 @@
-"""Text as a condition: a tokenizer for any text, dropout by sample, and pretrained encoders from a folder."""
-
-import shutil
-import unicodedata
-from pathlib import Path
+"""Text from nothing: a small CLIP that learns, its dropout by sample, its null condition."""
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdtrain.conditioner.text import Text, train_tokenizer
+from sdtrain.conditioner.text import Text
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
 CAPTIONS = [f"a {size} {colour} star" for size in ("big", "small") for colour in ("red", "blue")]
-STRANGE = ["", "  two  spaces ", "日本語", "🟥🔷", "naïve café — “quotes”", "\x00\x07\n\t", "x" * 5000, "A RED STAR"]
+SMALL = {"width": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 300, "max_tokens": 12}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(CAPTIONS, 300)
+def make(directory, **values):
+    torch.manual_seed(0)
+    conditioner = Text(**SMALL | values)
+    conditioner.prepare(directory, lambda: CAPTIONS)
+    return conditioner
 
 
 @pytest.fixture
 def text(tmp_path):
-    torch.manual_seed(0)
-    conditioner = Text(width=16, num_layers=1, num_heads=2, vocab_size=300, max_tokens=12)
-    conditioner.prepare(tmp_path, lambda: CAPTIONS)
-    return conditioner
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory, tokenizer):
-    """A CLIP text model and its tokenizer, as transformers saves them."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(1)
-    config = CLIPTextConfig(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=20,
-    )
-    CLIPTextModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("caption", STRANGE)
-def test_the_tokenizer_writes_any_text(tokenizer, caption):
-    ids = tokenizer(caption).input_ids
-    assert (ids[0], ids[-1]) == (1, 2)
-    assert max(ids) < 300
-    said = tokenizer.decode(ids[1:-1])
-    assert said.strip() == unicodedata.normalize("NFC", caption).lower().strip()
-
-
-def test_frequent_words_are_one_token_and_capitals_do_not_matter(tokenizer):
-    assert len(tokenizer("a big red star").input_ids) == 4 + 2
-    assert tokenizer("A Big RED star").input_ids == tokenizer("a big red star").input_ids
-
-
-def test_the_same_captions_give_the_same_tokenizer(tokenizer):
-    assert train_tokenizer(CAPTIONS, 300).get_vocab() == tokenizer.get_vocab()
+    return make(tmp_path, pooled_width=16)
 
 
 def test_prepare_twice_gives_the_same_ids(text, tmp_path):
-    again = Text(width=16, num_layers=1, num_heads=2, vocab_size=300, max_tokens=12)
+    again = Text(**SMALL)
     again.prepare(tmp_path, lambda: pytest.fail("it learned the captions again"))
-    assert torch.equal(again.tokenize(CAPTIONS + STRANGE), text.tokenize(CAPTIONS + STRANGE))
-
-
-def test_captions_are_cut_and_padded_to_one_length(text):
-    ids = text.tokenize(["a big red star", "x" * 500, ""])
-    assert ids.shape == (3, 12)
-    assert ids[0].tolist()[6:] == [0] * 6
-    assert ids[1, 0] == 1
-    assert ids[1, -1] == 2  # a long caption still ends
-    assert ids[2].tolist() == [1, 2] + [0] * 10
-
-
-def test_a_full_memory_of_captions_loses_none(text):
-    known = text.tokenize(["a big red star"])
-    text._ids |= {str(n): [0] * 12 for n in range(200_000)}
-    ids = text.tokenize(["a big red star", "a small blue star"])
-    assert len(text._ids) < 200_000
-    assert torch.equal(ids[:1], known)
+    assert torch.equal(again.tokenize(CAPTIONS)[0], text.tokenize(CAPTIONS)[0])
 
 
 def test_before_prepare_it_says_what_is_missing():
     with pytest.raises(RuntimeError, match="prepare"):
-        Text(width=16, num_layers=1, num_heads=2, vocab_size=300).tokenize(["a"])
+        Text(**SMALL).tokenize(["a"])
 
 
 def test_a_samples_condition_does_not_depend_on_its_batch(text):
-    whole = text({"caption": ["a big red star", "x" * 500, ""]})["context"]
-    assert whole.shape == (3, 12, 16)
+    whole = text({"caption": ["a big red star", "x" * 500, ""]})
+    assert whole["context"].shape == (3, 12, 16)
+    assert whole["pooled"].shape == (3, 16)
     alone = text({"caption": ["a big red star"]})
-    for name, value in text({"caption": ["a big red star", "x" * 500, ""]}).items():
+    for name, value in whole.items():
         torch.testing.assert_close(alone[name][0], value[0])
+
+
+def test_pooled_is_the_state_of_the_end_token(text):
+    told = text({"caption": ["a big red star", ""]})
+    torch.testing.assert_close(told["pooled"], torch.stack((told["context"][0, 5], told["context"][1, 1])))
+
+
+@pytest.mark.parametrize("pooled_width", [16, 20])
+def test_pooled_is_what_transformers_pools_once_saved(tmp_path, pooled_width):
+    text = make(tmp_path, pooled_width=pooled_width)
+    text.encoder.save_pretrained(tmp_path / "saved")
+    saved = type(text.encoder).from_pretrained(tmp_path / "saved")(text.tokenize(CAPTIONS)[0])
+    expected = saved.pooler_output if pooled_width == 16 else saved.text_embeds
+    torch.testing.assert_close(text({"caption": CAPTIONS})["pooled"], expected)
 
 
 def test_null_is_the_empty_caption(text):
     null = text.unconditional({"caption": ["a big red star", "a small red star"]})
     empty = text({"caption": ["", ""]})
-    assert null.keys() == empty.keys()
+    assert null.keys() == empty.keys() == {"context", "pooled"}
     for name in null:
         torch.testing.assert_close(null[name], empty[name])
     assert not torch.allclose(null["context"], text({"caption": CAPTIONS[:2]})["context"])
@@ -113,10 +69,15 @@ def test_null_is_the_empty_caption(text):
 def test_dropout_drops_the_share_asked(text, monkeypatch):
     text.dropout = 0.3
     asked, num = [], 8000
-    monkeypatch.setattr(text, "tokenize", lambda captions: asked.append(captions) or torch.full((num, 1), 2))
+
+    def tokenize(captions):
+        asked.extend(captions)
+        return torch.full((num, 1), 1), torch.ones(num, 1).bool()
+
+    monkeypatch.setattr(text, "tokenize", tokenize)
     text({"caption": ["a big red star"] * num}, Draw.of(0, num))
-    assert set(asked[0]) == {"", "a big red star"}
-    assert asked[0].count("") / num == pytest.approx(0.3, abs=5 * (0.21 / num) ** 0.5)
+    assert set(asked) == {"", "a big red star"}
+    assert asked.count("") / num == pytest.approx(0.3, abs=5 * (0.21 / num) ** 0.5)
 
 
 def test_dropout_goes_by_sample_and_only_with_a_draw(text):
@@ -126,6 +87,8 @@ def test_dropout_goes_by_sample_and_only_with_a_draw(text):
     whole = text({"caption": captions}, Draw(0, ids, ids * 0))["context"]
     turned = text({"caption": captions}, Draw(0, ids.flip(0), ids * 0))["context"]
     torch.testing.assert_close(turned.flip(0), whole)
+    halves = [text({"caption": captions[:32]}, Draw(0, half, half * 0))["context"] for half in ids.split(32)]
+    torch.testing.assert_close(torch.cat(halves), whole)
     later = text({"caption": captions}, Draw(0, ids, ids * 0 + 1))["context"]
     assert not torch.allclose(later, whole)
     plain = text({"caption": captions})["context"]
@@ -135,62 +98,39 @@ def test_dropout_goes_by_sample_and_only_with_a_draw(text):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_dropout_of_none_and_of_all(text, share):
     text.dropout = share
-    context = text({"caption": ["a big red star"] * 512}, Draw.of(0, 512))["context"]
+    context = text({"caption": ["a big red star"] * 64}, Draw.of(0, 64))["context"]
     caption = "" if share else "a big red star"
     torch.testing.assert_close(context, text({"caption": [caption]})["context"].expand_as(context))
 
 
-def test_a_small_encoder_learns(text):
-    text({"caption": CAPTIONS})["context"].square().sum().backward()
-    gradients = {name: float(p.grad.norm()) for name, p in text.named_parameters() if name.endswith("weight")}
-    assert len(gradients) > 8
-    assert all(gradients.values()), gradients
+@pytest.mark.parametrize("pooled_width", [None, 16, 20])
+@pytest.mark.parametrize("layer", ["last", "penultimate", "penultimate_norm"])
+def test_what_learns_has_a_gradient_and_what_is_not_read_does_not_learn(tmp_path, layer, pooled_width):
+    text = make(tmp_path, layer=layer, pooled_width=pooled_width)
+    told = text({"caption": CAPTIONS})
+    assert ("pooled" in told) is (pooled_width is not None)
+    assert pooled_width is None or told["pooled"].shape == (4, pooled_width)
+    sum(value.square().sum() for value in told.values()).backward()
+    assert [name for name, p in text.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert sum(p.requires_grad for p in text.parameters()) > 8
+    frozen = {name.split(".layers.")[-1].split(".")[0] for name, p in text.named_parameters() if not p.requires_grad}
+    assert frozen == (
+        set() if layer == "last" or pooled_width else {"1"} | ({"encoder"} if layer == "penultimate" else set())
+    )
 
 
-def test_a_pretrained_encoder_is_the_one_in_the_folder(clip_folder, tokenizer):
-    conditioner = Text(clip_folder, trained=False, width=16, max_tokens=20)
-    conditioner.prepare(Path("/nonexistent"), lambda: pytest.fail("it has its own tokenizer"))
-    ids = tokenizer(CAPTIONS, padding="max_length", max_length=20, return_tensors="pt").input_ids
-    expected = CLIPTextModel.from_pretrained(clip_folder)(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(conditioner({"caption": CAPTIONS})["context"], expected)
+def test_masked_padding(tmp_path):
+    told = make(tmp_path, masked=True)({"caption": ["a big red star", ""]})
+    assert told["context_mask"].sum(1).tolist() == [6, 2]
+    assert told["context_mask"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_an_encoder_saved_in_half_precision_is_used_in_float32(clip_folder, tmp_path, trained):
-    folder = tmp_path / "half"
-    shutil.copytree(clip_folder, folder)
-    CLIPTextModel.from_pretrained(clip_folder).half().save_pretrained(folder)
-    conditioner = Text(str(folder), trained=trained, width=16, max_tokens=20)
-    assert {p.dtype for p in conditioner.parameters()} == {torch.float32}
-    assert conditioner({"caption": CAPTIONS})["context"].dtype == torch.float32
+def test_a_vocabulary_too_small_is_refused():
+    with pytest.raises(ConfigError, match="vocab_size=100: .* at least 259"):
+        Text(vocab_size=100)
 
 
-def test_frozen_means_no_gradients(clip_folder):
-    frozen = Text(clip_folder, trained=False, width=16, max_tokens=20)
-    assert not frozen({"caption": CAPTIONS})["context"].requires_grad
-    assert not any(p.requires_grad for p in frozen.parameters())
-    trained = Text(clip_folder, trained=True, width=16, max_tokens=20)
-    trained({"caption": CAPTIONS})["context"].sum().backward()
-    assert any(p.grad is not None for p in trained.parameters())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ({"trained": False}, "trained=false needs conditioner.pretrained"),
-        ({"pretrained": "/nonexistent"}, "pretrained: no folder /nonexistent; it wants a local CLIP text model"),
-        ({"pretrained": "CLIP"}, "conditioner.width is 192, but .* has 16"),
-        ({"pretrained": "CLIP", "width": 16}, "conditioner.max_tokens is 77, but .* reads at most 20"),
-        ({"vocab_size": 100}, "conditioner.vocab_size=100: .* at least 259"),
-    ],
-)
-def test_what_cannot_work_is_refused(arguments, told, clip_folder):
-    if arguments.get("pretrained") == "CLIP":
-        arguments = arguments | {"pretrained": clip_folder}
-    with pytest.raises(ConfigError, match=told):
-        Text(**arguments)
-
-
-def test_a_folder_that_holds_no_model_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=f"conditioner.pretrained: {tmp_path} cannot be read"):
-        Text(str(tmp_path))
+def test_the_model_knows_the_numbers_of_its_marks(text):
+    config, tokenizer = text.encoder.config, text.tokens.tokenizer
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        assert getattr(config, name) == getattr(tokenizer, name)
