@@ -56,6 +56,7 @@ class AutoencoderConfig:
     callback: dict[str, Any] = field(default_factory=dict)
     metric: dict[str, Any] = field(default_factory=dict)
     recognition: RecognitionConfig | None = None
+    compile: bool = False  # the blocks that the network repeats
     data: Any = None
     strategy: Any = None
     precision: str | None = None
@@ -71,6 +72,7 @@ class DiffusionConfig:
     metric: dict[str, Any] = field(default_factory=dict)
     decoded: Any = None
     cache_latents: bool = False
+    compile: bool = False  # the blocks that the network repeats
     data: Any = None
     strategy: Any = None
     precision: str | None = None

@@ -19,8 +19,8 @@ from sdtrain.tracker.redact import without_secrets
 # What changes neither the pictures seen nor the weights' shapes. All that matches nothing here is the run itself.
 ALLOWED = re.compile(
     r"(name|output_dir|stages|resume|accelerator|devices|num_nodes|strategy|tracker|cluster)\b.*"
-    r"|(autoencoder|diffusion)(\.recognition)?\.(callback|metric|strategy|trainer\.(max_steps|num_accumulate))\b.*"
-    r"|.*\b(\w*every_\w+|num_workers|cache_bytes|max_bad_fraction)|data\.root"
+    r"|(autoencoder|diffusion)(\.recognition)?\.(callback|metric|strategy|compile|trainer\.(max_steps|num_accumulate))\b.*"
+    r"|.*\b(\w*every_\w+|num_workers|cache_bytes|max_bad_fraction|gradient_checkpointing)|data\.root"
 )
 WARNED = re.compile(
     r"precision|(autoencoder|diffusion)(\.recognition)?\.(optim|callback\.ema|precision|trainer\.clip_norm)\b.*"

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from sdtrain.build import build
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.manifest import Manifest
-from sdtrain.interop.weights import load_first_stage, load_model, save_first_stage
+from sdtrain.interop.weights import load_first_stage, load_model, own_whitening, save_first_stage
+from sdtrain.ops.compile import compile_regions
 from sdtrain.session import Session, barrier
 from sdtrain.stage.autoencoder import AutoencoderStage
 from sdtrain.stage.diffusion import DiffusionStage
@@ -37,7 +38,8 @@ def run(cfg: DictConfig) -> int:
             if done and cfg.resume != "never":
                 print(f"{name}: finished before, not repeated", flush=True)
             else:
-                stages[name](session)
+                with session.told_of_memory(name):
+                    stages[name](session)
         if session.is_first:
             print(f"\nreport  {write_report(session.directory)}\nnext    {next_command(session)}", flush=True)
     return 0
@@ -57,10 +59,12 @@ def run_autoencoder(session: Session) -> None:
             f"output_dir, with first_stage.weights={session.directory / 'autoencoder'} to go on from it"
         )
     if cfg.first_stage.weights:
-        load_first_stage(first_stage, cfg.first_stage.weights)
+        load_first_stage(first_stage, cfg.first_stage.weights, cfg.first_stage)
     objective = build(section.objective)
     if section.recognition is not None and objective.perceptual is not None:
         objective.perceptual.module.load(str(run_recognition(session)))
+    if section.compile:
+        compile_regions(first_stage)
     stage = AutoencoderStage(
         session.context("autoencoder", section),
         first_stage=first_stage,
@@ -116,7 +120,9 @@ def run_diffusion(session: Session) -> None:
     if hasattr(conditioner, "prepare"):
         conditioner.prepare(session.directory / "diffusion", lambda: data.captions("train"))
     if cfg.model.weights:
-        load_model(model, cfg.model.weights)
+        load_model(model, cfg.model.weights, cfg.model)
+    if section.compile:
+        compile_regions(model)
     stage = DiffusionStage(
         session.context("diffusion", section),
         model=model,
@@ -150,12 +156,13 @@ def whiten_first_stage(session: Session, first_stage: torch.nn.Module, data: L.L
             "add autoencoder to stages, or set first_stage.weights"
         )
     is_own = (own / "manifest.json").exists()  # what stage 1 made here, be it of `weights`
-    found = load_first_stage(first_stage, str(own) if is_own else weights)
+    found = load_first_stage(first_stage, str(own) if is_own else weights, session.cfg.first_stage)
     beside = session.directory / "first_stage.manifest.json"
     if found is not None or beside.exists():
         manifest = Manifest.load(found or beside)
     else:
-        manifest = measure_latents(first_stage, data)
+        own_scale = own_whitening(first_stage, weights, data.image_size)
+        manifest = measure_latents(first_stage, data) if own_scale is None else own_scale
     manifest.apply(first_stage)
     pinned = session.directory / "diffusion" / "first_stage.json"
     if pinned.exists():

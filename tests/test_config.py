@@ -33,7 +33,7 @@ WRONG = [
     (["diffusion.trainer.max_steps=abc"], "diffusion.trainer.max_steps must be a whole number, not 'abc'"),
     (["diffusion.trainer.clip_norm=abc"], "diffusion.trainer.clip_norm must be a number, not 'abc'"),
     (["diffusion.trainer.max_steps=0"], "diffusion.trainer.max_steps=0 must be at least 1"),
-    (["model.layers_per_block=abc"], "model.layers_per_block must be a whole number, not 'abc'"),
+    (["model.layers_per_block=abc"], "model.layers_per_block must be a whole number or a list, not 'abc'"),
     (["model.block_out_channels=64"], "model.block_out_channels must be a list, not 64"),
     (["model.block_out_channels=[a]"], "model.block_out_channels must be a list"),
     (["++model.use_linear_projection=1"], "model.use_linear_projection must be true or false, not 1"),

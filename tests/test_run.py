@@ -265,10 +265,26 @@ def diffusers_vae(folder, widths):
     return f"first_stage.weights={folder}"
 
 
-def test_weights_of_a_diffusers_folder_are_measured_once(train, tmp_path):
+def vae_file(folder, widths):
+    """The weights alone: nothing beside them says how their latents are scaled."""
+    diffusers_vae(folder, widths)
+    file = folder.with_suffix(".safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").replace(file)
+    return f"first_stage.weights={file}"
+
+
+def test_weights_of_a_diffusers_folder_keep_the_scale_that_it_states(train, tmp_path):
+    run = train(tmp_path / "run", "stages=[diffusion]", diffusers_vae(tmp_path / "vae", [8, 8, 8]))
+    manifest = json.loads((run / "diffusion" / "first_stage.json").read_text())
+    assert manifest["latent_std"] == pytest.approx([1 / 0.18215] * 4)
+    assert manifest["latent_mean"] == [0.0] * 4
+    assert manifest["num_images"] == 0
+
+
+def test_weights_that_state_no_scale_are_measured_once(train, tmp_path):
     from sdtrain.interop.pipeline import Pipeline
 
-    weights = diffusers_vae(tmp_path / "vae", [8, 8, 8])
+    weights = vae_file(tmp_path / "vae", [8, 8, 8])
     run = train(tmp_path / "run", "stages=[diffusion]", weights, "diffusion.trainer.max_steps=1")
     measured = (run / "first_stage.manifest.json").read_text()
     assert json.loads(measured)["num_images"] == 64
@@ -277,13 +293,16 @@ def test_weights_of_a_diffusers_folder_are_measured_once(train, tmp_path):
     assert (run / "first_stage.manifest.json").read_text() == measured
     assert len(Pipeline.load(run, device="cpu")("a star")) == 1
 
-    other = diffusers_vae(tmp_path / "vae", [8, 8, 8])  # the same place, other weights
+    other = vae_file(tmp_path / "vae", [8, 8, 8])  # the same place, other weights
     with pytest.raises(ConfigError, match="weight_hash"):
         train(run, "stages=[diffusion]", other, "diffusion.trainer.max_steps=3")
 
 
 def test_weights_that_do_not_fit_are_named(train, tmp_path):
-    weights = diffusers_vae(tmp_path / "vae", [8, 8, 16])
+    folder = diffusers_vae(tmp_path / "a", [8, 8, 16])
+    with pytest.raises(ConfigError, match=r"block_out_channels is \[8, 8, 16\] there, here \[8, 8, 8\]"):
+        train(tmp_path / "one", "stages=[diffusion]", folder)
+    weights = vae_file(tmp_path / "b", [8, 8, 16])
     named = r"first_stage.weights: .* does not fit the configured part: \S+ is \(.*\) there and \(.*\) here"
     with pytest.raises(ConfigError, match=named):
         train(tmp_path / "run", "stages=[diffusion]", weights)

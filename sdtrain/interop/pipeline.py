@@ -18,23 +18,21 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 from yaml import YAMLError
 
 from sdtrain.build import build
 from sdtrain.checkpoint.commit import newest_valid
-from sdtrain.checkpoint.files import EMA, MODEL
 from sdtrain.config import config_directory
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.manifest import Manifest
-from sdtrain.interop.weights import load_first_stage
+from sdtrain.interop.weights import load_first_stage, read_checkpoint
 from sdtrain.layer.resnet import Downsample
 from sdtrain.stage.generation import Generation
 from sdtrain.target import nearest, read_signature
 
 _PIXELS_AT_ONCE = 128 * 64 * 64
-_KEPT = ("num_steps", "guidance_scale", "shift")  # the run's own values, whatever the sampler
+_KEPT = ("num_steps", "guidance", "shift")  # the run's own values, whatever the sampler
 
 
 class Pipeline:
@@ -174,12 +172,8 @@ def _read_sampler(name: str) -> DictConfig:
 
 def _load_learned(parts: nn.ModuleDict, checkpoint: Path, weights: str) -> None:
     """The checkpoint's weights, and over them the averages of those that have one."""
-    state = load_file(checkpoint / MODEL)
-    if weights == "ema" and (checkpoint / EMA).is_file():
-        averages = load_file(checkpoint / EMA)
-        state |= {name: averages[name] for name in state.keys() & averages.keys()}
     try:
-        parts.load_state_dict(state)
+        parts.load_state_dict(read_checkpoint(checkpoint, averaged=weights == "ema"))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ConfigError(f"{checkpoint} does not fit the config.yaml of its run: {first}") from error

@@ -1,59 +1,152 @@
-"""A training step of our U-Net beside diffusers' on the CPU, same weights, same loss, A B A B.
+"""A training step of our U-Net beside diffusers', in one process, same weights, same loss, A B A B.
 
-    python tools/bench/unet.py [--precision bf16|fp32]
+    python tools/bench/unet.py [--precision bf16|fp32] [--rounds 5] [--compiled] [--size 32] [--batch 4] [--model sd2]
 
-The peer is `UNet2DConditionModel` as its training scripts run it: contiguous (NCHW), eager, autocast for bf16.
+Peers: `UNet2DConditionModel` as diffusers' training scripts run it (NCHW, eager, AdamW as torch makes it), and the same
+tuned by hand (channels-last, fused AdamW); with --compiled, that one compiled whole beside ours compiled by region.
+A step is forward, MSE in float32, backward, clip and AdamW, with autocast for bf16. The share of the measured matmul
+peak and, for each alone in a process of its own, the peak memory stand beside every figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DConditionModel
 from timing import compare, machine, matmul_peak
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.model.unet import UNet
+from sdtrain.ops.compile import compile_regions
+from sdtrain.ops.memory import keep_freed_memory
 
-QUICKSTART = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (96, 192),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "cross_attention_dim": 192,
-    "attention_head_dim": (3, 6),
-    "use_linear_projection": True,
-    "norm_num_groups": 16,
+MODELS = {
+    "small": {"block_out_channels": (128, 256, 512, 512), "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+        "in_channels": 4,
+        "out_channels": 4,
+    },
 }
+TOKENS = 77
+
+
+class Bench:
+    """One shape of input, and the steps of each contestant on it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.config, self.batch = MODELS[arguments.model], arguments.batch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.is_bf16 = arguments.precision == "bf16"
+        generator = torch.Generator().manual_seed(0)
+        side, width = arguments.size, self.config["cross_attention_dim"]
+        shapes = ((self.batch, 4, side, side), (self.batch, 4, side, side), (self.batch, TOKENS, width))
+        self.x, self.target, self.context = (torch.randn(s, generator=generator).to(self.device) for s in shapes)
+        self.time = (torch.rand(self.batch, generator=generator) * 1000).to(self.device)
+
+    def contestant(self, name: str, weights: dict[str, torch.Tensor] | None = None) -> Callable[[], None]:
+        """A function that takes one training step. All contestants start at the same weights where they are given."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            net: nn.Module = UNet(**self.config) if "sdtrain" in name else UNet2DConditionModel(**self.config)
+        if weights is not None:
+            net.load_state_dict(weights)
+        if "shipped" not in name:
+            net.to(memory_format=torch.channels_last)
+        if "compiled" in name:
+            compile_regions(net) if "sdtrain" in name else net.compile()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=None if "shipped" in name else True)
+        x = self.x if "shipped" in name else self.x.contiguous(memory_format=torch.channels_last)
+
+        def step() -> None:
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.is_bf16):
+                if "sdtrain" in name:
+                    y = net(x, self.time, {"context": self.context})
+                else:
+                    y = net(x, self.time, self.context).sample
+            F.mse_loss(y.float(), self.target).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        step.net = net  # type: ignore[attr-defined]
+        return step
+
+    def train_flops(self) -> int:
+        """Of a step: three times the forward's, by torch's counter on the meta device."""
+        with torch.device("meta"):
+            net = UNet(**self.config)
+            inputs = (torch.empty_like(v, device="meta")[:1] for v in (self.x, self.time, self.context))
+            x, time_, context = inputs
+        with FlopCounterMode(display=False) as counter:
+            net(x, time_, {"context": context})
+        return 3 * self.batch * counter.get_total_flops()
+
+
+def peak_memory(name: str) -> float:
+    """GiB of a process that takes three steps of one contestant alone."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--alone", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def alone(bench: Bench, name: str) -> None:
+    """Three steps, then the most memory that was held, in GiB."""
+    step = bench.contestant(name)
+    for _ in range(3):
+        step()
+    used = torch.cuda.max_memory_allocated() if bench.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF)[2]
+    print(used / 2**30 if bench.device == "cuda" else used / 2**20)
 
 
 def main() -> None:
-    """The quickstart's U-Net: 16x16 latents, batch 128, 24 tokens."""
+    """Prints medians, ratios, shares of the peak and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    precision = parser.parse_args().precision
-    torch.manual_seed(0)
-    ours, peer = UNet(**QUICKSTART), UNet2DConditionModel(**QUICKSTART)
-    peer.load_state_dict(ours.state_dict())
-    x, time, context = torch.randn(128, 4, 16, 16), torch.rand(128) * 1000, torch.randn(128, 24, 192)
-
-    def step(which: str) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            y = ours(x, time, {"context": context}) if which == "ours" else peer(x, time, context).sample
-        (y.float() - x).square().mean().backward()
-        (ours if which == "ours" else peer).zero_grad()
-
-    print(f"{machine()}, {precision}")
-    medians = compare({"sdtrain": lambda: step("ours"), "diffusers": lambda: step("peer")}, rounds=5)
-    with FlopCounterMode(display=False) as counter:
-        ours(x[:1], time[:1], {"context": context[:1]})
-    flops = 3 * 128 * counter.get_total_flops()
-    peak = matmul_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
+    parser.add_argument("--model", choices=tuple(MODELS), default="small")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    if arguments.alone is not None and "sdtrain" not in arguments.alone:
+        return alone(bench, arguments.alone)
+    keep_freed_memory()  # as `python -m sdtrain` does; the peers in this process gain by it too
+    if arguments.alone is not None:
+        return alone(bench, arguments.alone)
+    print(f"{machine()}, {' '.join(sys.argv[1:]) or 'defaults'}")
+    names = ["sdtrain", "diffusers, tuned", "diffusers, as shipped"]
+    if arguments.compiled:
+        names = ["sdtrain, compiled by region", "diffusers, tuned, compiled whole"]
+    steps = {names[0]: bench.contestant(names[0])}
+    weights = {key: value.clone() for key, value in steps[names[0]].net.state_dict().items()}  # type: ignore[attr-defined]
+    steps |= {name: bench.contestant(name, weights) for name in names[1:]}
+    if arguments.compiled:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            print(f"  {name:44s} {time.perf_counter() - start:9.1f} s to the end of the first step")
+    medians = compare(steps, rounds=arguments.rounds)
+    flops, peak = bench.train_flops(), matmul_peak(torch.bfloat16 if bench.is_bf16 else torch.float32)
     for name, seconds in medians.items():
-        print(f"  {name:12s} {128 / seconds:7.1f} images/s, {flops / seconds / peak:6.1%} of {peak / 1e12:.2f} TFLOP/s")
+        print(
+            f"  {name:44s} {bench.batch / seconds:7.2f} images/s, {flops / seconds / peak:6.1%} of "
+            f"{peak / 1e12:.2f} TFLOP/s, peak memory {peak_memory(name):.2f} GiB"
+        )
+    return None
 
 
 if __name__ == "__main__":
