@@ -54,6 +54,8 @@ class Group(TypedDict):
 class CaptionMatch:
     """Reads pictures and scores them against attributes, the dictionaries that travel in the samples' .json members."""
 
+    groups = (("one", "val", 1), ("two", "val", 2), ("heldout", "held_out", 1))  # name, split, number of things
+
     def __init__(self, vocabulary: Vocabulary, num_captions: int = 256) -> None:
         if num_captions < 2:
             raise ConfigError(f"caption_match.num_captions is {num_captions}; shuffled captions need at least 2")

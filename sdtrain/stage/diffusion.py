@@ -130,12 +130,12 @@ class DiffusionStage(Stage):
         return figures
 
     def _groups(self) -> dict[str, dict[str, Any]]:
-        """Real pictures, reconstructions and samples of one object, two, and held-out compositions."""
+        """Real pictures, reconstructions and samples of each group of captions that the reader asks for."""
         reader, data = self.metric.get("caption_match"), self.trainer.datamodule
         if reader is None or "held_out" not in data.splits:
-            return {}  # only the shapes say what their pictures show
+            return {}  # only the embedded data sets say what their pictures show
         groups = {}
-        for name, split, num_things in (("one", "val", 1), ("two", "val", 2), ("heldout", "held_out", 1)):
+        for name, split, num_things in reader.groups:
             told = data.attributes(split)
             ids = [i for i, found in enumerate(told) if len(found["things"]) == num_things][: reader.num_captions]
             batch = data.load(split, ids, as_images=True)

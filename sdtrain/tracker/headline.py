@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from sdtrain.tracker.chart import format_number
 
-GROUPS = {"one": "One object", "two": "Two objects", "heldout": "Held-out compositions"}
+GROUPS = {"one": "One object", "two": "Two objects", "three": "Three objects", "heldout": "Held-out compositions"}
 LIMITS = ("reconstruction", "ceiling", "floor")
 
 
