@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +49,7 @@ class Session:
         self.directory = Path(cfg.output_dir).expanduser().resolve()
         self.is_first = next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0) == 0
         self.tracker: Any = NullTracker()
+        self.fitting: L.Trainer | None = None
         keep_freed_memory()
         changes = check_continuation(self.directory, cfg)
         for name in ("lightning.pytorch", "lightning.fabric"):
@@ -125,7 +128,7 @@ class Session:
         if self.is_first:
             self.tracker.start(self.directory, self.cfg.name, context.stage, resolve_and_redact(self.cfg))
         context.data_fingerprint = data.fingerprint
-        trainer = self.trainer(section)
+        self.fitting = trainer = self.trainer(section)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
@@ -186,6 +189,41 @@ class Session:
                 (self.directory / "exit.json").write_text(json.dumps({"exit_code": code, "reason": reason}))
                 if code:
                     self.tracker.finish({})
+
+    @contextmanager
+    def told_of_memory(self, name: str) -> Iterator[None]:
+        """Where a stage runs out of memory, one line says what to lower.
+
+        Raises:
+            RunError: with that line, in place of the allocator's error.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # lets go of what they hold: the advice needs some, too
+            asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+            stage, step = name, "before training"
+            if self.fitting is not None and self.fitting.lightning_module is not None:
+                stage, step = self.fitting.lightning_module.context.stage, f"at step {self.fitting.global_step}"
+            place = f"out of memory in {stage} {step}{f', asking for {asked[1]}' if asked else ''}"
+            raise RunError(f"{place}: {self._advice(stage)}", 1) from None
+
+    def _advice(self, stage: str) -> str:
+        try:
+            from sdtrain.dry_run.report import advise
+
+            return advise(self.cfg, stage)
+        except Exception:  # whatever goes wrong without memory, it is the run's end that is told
+            section = "autoencoder.recognition" if stage == "recognition" else stage
+            return f"lower {section}.trainer.batch_size, or raise {section}.trainer.num_accumulate, which keeps it"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of a CPU, of CUDA or of its libraries says so."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def barrier() -> None:

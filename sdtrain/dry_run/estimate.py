@@ -1,0 +1,241 @@
+"""What a run would take, computed without its memory, its data and its pretrained files: its parts on the meta device,
+one training step's shapes run through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from sdtrain.build import build
+from sdtrain.conditioner.text import Text
+from sdtrain.conditioner.unloaded import AnyTokens
+from sdtrain.config import _compose, load_config, plus
+from sdtrain.contracts import Batch
+from sdtrain.layer.frozen import Frozen
+from sdtrain.layer.perceptual import Perceptual
+from sdtrain.ops.meter import Meter, measure
+from sdtrain.ops.random import Draw
+from sdtrain.optim.adamw8bit import AdamW8bit
+from sdtrain.preflight import SOURCES
+from sdtrain.stage.autoencoder import AutoencoderStage
+from sdtrain.stage.base import Stage
+from sdtrain.stage.diffusion import DiffusionStage
+from sdtrain.stage.generation import for_conditioner
+from sdtrain.target import parts
+
+GIB = 2**30
+NOWHERE = "dry-run://"  # an address, which the preflight does not look for
+_UNLOADED = {
+    "sdtrain.conditioner.clip.CLIP": "sdtrain.conditioner.unloaded.CLIP",
+    "sdtrain.conditioner.t5.T5": "sdtrain.conditioner.unloaded.T5",
+}
+_COUNTS = {False: (1, 8), True: (1, 8, 64)}  # images at once that are run, without and with gradient checkpointing
+
+
+@dataclass
+class Estimate:
+    """What a stage takes on each device, and an image of it.
+
+    Args:
+        image_size: in pixels.
+        num_parameters: by part; negative where it is frozen.
+        num_learned: parameters that the optimizer moves.
+        forward_flops: an image, by part.
+        fixed_bytes: what is there whatever the batch: weights, gradients, optimizer, EMA, DDP's buckets.
+        runs: by whether blocks are checkpointed: (images at once, peak bytes of the step beside these, FLOPs), rising.
+        is_checkpointed: whether they are as configured.
+    """
+
+    image_size: int
+    num_parameters: dict[str, int]
+    num_learned: int
+    forward_flops: dict[str, int]
+    fixed_bytes: dict[str, float]
+    runs: dict[bool, list[tuple[int, int, int]]]
+    is_checkpointed: bool
+
+    def training_flops(self, checkpointed: bool) -> float:
+        """An image: forward and backward of what learns, forward of what does not."""
+        images, _, flops = self.runs[checkpointed][-1]
+        return flops / images
+
+    @property
+    def sharded_bytes(self) -> float:
+        """Of what is fixed, what devices could share; buckets are DDP's alone and go."""
+        return sum(size for what, size in self.fixed_bytes.items() if what != "frozen weights")
+
+    def step_bytes(self, images: int, checkpointed: bool) -> float:
+        """Of `images` at once, beside what is fixed: along the line through the two runs that are nearest."""
+        runs = self.runs[checkpointed]
+        low = max((i for i in range(len(runs) - 1) if runs[i][0] <= images), default=0)
+        (n, below, _), (m, above, _) = runs[low : low + 2]
+        return below + (above - below) * (images - n) / (m - n)
+
+    def total_bytes(self, images: int, checkpointed: bool) -> float:
+        """All of it."""
+        return sum(self.fixed_bytes.values()) + self.step_bytes(images, checkpointed)
+
+
+def load(overrides: Sequence[str]) -> DictConfig:
+    """The config that arguments mean, checked but for the files that a run starts from: they need not be there."""
+    overrides = [plus(override) for override in overrides]
+    values = OmegaConf.to_container(_compose(overrides))
+    named = [key for key in sorted(SOURCES) if key.partition(".")[2] in values[key.partition(".")[0]]]
+    return load_config([*overrides, *(f"{key}='{NOWHERE}'" for key in named)])
+
+
+def build_stage(cfg: DictConfig, name: str) -> Stage | None:
+    """A stage with its parts on the meta device, nothing read; None for an autoencoder that has nothing to learn."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    for _, node in parts(values):
+        if node.get("pretrained"):
+            node["_target_"] = _UNLOADED.get(node["_target_"], node["_target_"])
+        if node["_target_"].endswith(".Perceptual"):
+            node |= {"weights": None, "heads": None}
+    cfg = OmegaConf.create(values)
+    section = cfg[name]
+    learns = {"optim": build(section.optim), "clip_norm": section.trainer.clip_norm, "metric": {}}
+    with torch.device("meta"):
+        first_stage = build(cfg.first_stage)
+        if name == "autoencoder":
+            if not list(first_stage.parameters()):
+                return None
+            stage = AutoencoderStage(None, first_stage, build(section.objective), **learns)
+        else:
+            described = {"model": build(cfg.model), "conditioner": build(cfg.conditioner), "first_stage": first_stage}
+            described["decoded"] = build(section.decoded) if section.decoded else None
+    if name == "diffusion":  # an objective asks the path's numbers, which are nowhere on the meta device
+        stage = DiffusionStage(None, **described, objective=build(cfg.objective), sampler=None, **learns)
+    for module in everything(stage):
+        if isinstance(module, Text):
+            module.tokens = AnyTokens(module.max_tokens)
+        if isinstance(module, Perceptual):
+            module.ready = True
+    return stage.to(torch.bfloat16) if (section.precision or cfg.precision) == "bf16-true" else stage
+
+
+def everything(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules inside of one, the frozen ones too."""
+    for inner in module.modules():
+        yield inner
+        if isinstance(inner, Frozen):
+            yield from everything(inner.module)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Of all modules inside; negative where none of them learns."""
+    found = {id(p): p for inner in everything(module) for p in inner.parameters(recurse=False)}
+    total = sum(p.numel() for p in found.values())
+    return total if any(p.requires_grad for p in found.values()) else -total
+
+
+def estimate(cfg: DictConfig, name: str) -> Estimate | None:
+    """What a stage takes; None where it has nothing to learn."""
+    stage = build_stage(cfg, name)
+    if stage is None:
+        return None
+    section = cfg[name]
+    side = (section.data or cfg.data).get("image_size", 64)
+    inner = stage.model if name == "diffusion" else stage.first_stage
+    blocks = [module for module in inner.modules() if hasattr(module, "gradient_checkpointing")]
+    is_checkpointed = any(module.gradient_checkpointing for module in blocks)
+    learned = [p for parameters in stage.parts().values() for p in parameters if p.requires_grad]
+    for p in learned:
+        p.grad = torch.zeros_like(p)  # held before the step, as they are where micro-batches are added up
+    runs, forward = {}, {}
+    precision = (section.precision or cfg.precision).partition("-")[0]
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
+    for checkpointed in (True, False) if blocks else (False,):
+        for module in blocks:
+            module.gradient_checkpointing = checkpointed
+        runs[checkpointed] = []
+        for images in _COUNTS[checkpointed]:
+            parts_flops: dict[str, int] = {}
+            meter = measure(partial(_loss, stage, section, images, side, parts_flops), dtype)
+            runs[checkpointed].append((images, meter.peak_bytes, meter.flops))
+            forward = {part: flops // images for part, flops in parts_flops.items()}
+    num_learned = sum(p.numel() for p in learned)
+    fixed = _fixed_bytes(cfg, name, stage, learned)
+    named = {n: getattr(stage, n, None) for n in ("model", "conditioner", "first_stage", "objective", "decoded")}
+    counted = {n: count_parameters(part) for n, part in named.items() if isinstance(part, nn.Module)}
+    return Estimate(side, counted, num_learned, forward, fixed, runs, is_checkpointed)
+
+
+def _fixed_bytes(cfg: DictConfig, name: str, stage: Stage, learned: Sequence[nn.Parameter]) -> dict[str, float]:
+    held = {id(t): t for module in everything(stage) for t in (*module.parameters(False), *module.buffers(False))}
+    learned_bytes = sum(p.nbytes for p in learned)
+    return {
+        "frozen weights": sum(t.nbytes for t in held.values()) - learned_bytes,
+        "weights": learned_bytes,
+        "gradients": learned_bytes,
+        "optimizer": optimizer_bytes(stage),
+        "EMA": sum(p.nbytes for _, p in stage.averaged_parameters()) if cfg[name].callback.get("ema") else 0,
+        "DDP's buckets": learned_bytes if num_devices(cfg) > 1 else 0,
+    }
+
+
+def _loss(stage: Stage, section: DictConfig, images: int, side: int, forward: dict[str, int], meter: Meter) -> Tensor:
+    """One micro-batch's loss, with what its parts' forward passes take."""
+    ids = torch.arange(images)
+    image = torch.empty(images, 3, side, side)
+    batch: Batch = {"sample_id": ids, "epoch": torch.zeros_like(ids), "caption": [""] * images, "key": [""] * images}
+    batch |= {"attributes": [{"label": 0}] * images, "source": image}
+    draw = Draw(0, ids, batch["epoch"])
+    if isinstance(stage, AutoencoderStage):
+        objective = stage.objective
+        out = objective.loss(stage.first_stage, image, draw, getattr(objective, "adversarial_start", 0))
+        forward["all losses"] = meter.flops
+        return out["loss"]
+    if section.cache_latents:
+        first_stage, latent_side = stage.first_stage, side // stage.first_stage.down_factor
+        shape = (images, 2, first_stage.latent_channels, latent_side, latent_side)
+        batch["latent"] = torch.empty(shape, dtype=torch.float16)
+    else:
+        batch["image"] = image
+    x0 = stage.latents(batch, draw)
+    forward["first_stage"] = meter.flops
+    told = stage.conditioner(for_conditioner(batch, stage.first_stage, tuple(x0.shape[2:])))
+    forward["conditioner"] = meter.flops - sum(forward.values())
+    out = stage.objective.loss(stage.model, x0, told, draw)
+    forward["model"] = meter.flops - sum(forward.values())
+    loss = out["loss"].mean()
+    if stage.decoded is not None:
+        predicted = stage.objective.to_x0(out["output"], out["x_t"], out["t"])
+        loss = loss + stage.decoded(stage.first_stage, predicted, x0, stage.objective.path(out["t"]))
+        forward["decoded"] = meter.flops - sum(forward.values())
+    return loss
+
+
+def optimizer_bytes(stage: Stage) -> float:
+    """What the optimizer keeps of each parameter: found by a step of it on a small matrix and a small vector."""
+    learned = {name: [p for p in some if p.requires_grad] for name, some in stage.parts().items()}
+    if isinstance(stage.optim, AdamW8bit):  # its library need not be here
+        return sum(p.numel() * stage.optim.state_bytes for some in learned.values() for p in some)
+    matrix, vector = nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.zeros(64))
+    made, _ = stage.optim.build({name: [matrix, vector] if i == 0 else [] for i, name in enumerate(learned)}, 1)
+    matrix.grad, vector.grad = torch.zeros_like(matrix), torch.zeros_like(vector)
+    made.step()
+    per_value = [
+        sum(value.nbytes for value in made.state[p].values() if isinstance(value, Tensor) and value.ndim) / p.nbytes
+        for p in (vector, matrix)
+    ]
+    return sum(p.nbytes * per_value[p.ndim >= 2] for some in learned.values() for p in some)
+
+
+def num_devices(cfg: DictConfig) -> int:
+    """Over all nodes; what says auto counts as one."""
+    return (cfg.devices if isinstance(cfg.devices, int) else 1) * (
+        cfg.num_nodes if isinstance(cfg.num_nodes, int) else 1
+    )
+
+
+def images_at_once(cfg: DictConfig, name: str) -> int:
+    """On each device: the micro-batch."""
+    trainer = cfg[name].trainer
+    return max(trainer.batch_size // (trainer.num_accumulate * num_devices(cfg)), 1)
