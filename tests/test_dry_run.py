@@ -139,6 +139,7 @@ def test_the_second_stage_reads_pictures_where_latents_are_not_cached():
     assert one_image([*SMOKE, "diffusion.cache_latents=false"])[1]["first_stage"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
