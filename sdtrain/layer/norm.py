@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` (Wu and He 2018), in float32 on a CPU, there and back: 1.2 times as fast as torch's bfloat16
-    channels-last kernel (`tools/bench/group_norm.py`). Elsewhere the input's own precision is kept.
+    channels-last kernel (`tools/bench/group_norm.py`). Elsewhere torch decides, whose autocast on
+    CUDA takes float32 too.
 
     (B, C, H, W) channels-last -> channels-last, also where torch answers NCHW (CUDA, until August 2026).
     """

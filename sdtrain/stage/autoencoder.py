@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdtrain.contracts import Batch, Context, Preview
 from sdtrain.ops.random import Draw
-from sdtrain.stage.base import Stage
+from sdtrain.stage.base import Stage, images_at_once
 
 _BATCH = 64
 
@@ -77,10 +77,11 @@ class AutoencoderStage(Stage):
         """Figures on held-out pictures, the same ones each time."""
         data = self.trainer.datamodule
         num = min(self.num_evaluated, data.splits["val"])
-        image = torch.cat([data.load("val", range(i, min(i + _BATCH, num)))["image"] for i in range(0, num, _BATCH)])
+        size = images_at_once(_BATCH, data.image_size)
+        image = torch.cat([data.load("val", range(i, min(i + size, num)))["image"] for i in range(0, num, size)])
         image = image.to(self.device)
         made, losses = [], []
-        for part in image.split(_BATCH):
+        for part in image.split(size):
             made.append(self.reconstruct(part))
             with self.precision():
                 draw = Draw.of(self.context.seed, part.shape[0], self.device)

@@ -16,6 +16,13 @@ from sdtrain.contracts import Context
 from sdtrain.ops.random import Draw
 
 
+def images_at_once(most: int, image_size: int) -> int:
+    """How many pictures are encoded or decoded together where nothing is trained: `most`, fewer of large ones, so that
+    together they have at most 4 M pixels.
+    """
+    return max(1, min(most, 2**22 // image_size**2))
+
+
 class Stage(L.LightningModule):
     """A LightningModule that owns no layers and no mathematics: it wires parts and logs.
 

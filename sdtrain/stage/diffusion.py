@@ -13,7 +13,7 @@ from sdtrain.contracts import Batch, Context, Preview
 from sdtrain.layer.frozen import Frozen
 from sdtrain.ops.random import Draw
 from sdtrain.stage.autoencoder import to_uint8
-from sdtrain.stage.base import Stage
+from sdtrain.stage.base import Stage, images_at_once
 from sdtrain.stage.generation import Generation, for_conditioner
 
 _BATCH = 128
@@ -91,9 +91,9 @@ class DiffusionStage(Stage):
         """The loss on held-out samples with fixed times and noise: it rises where the model begins to overfit."""
         data = self.trainer.datamodule
         num = min(2 * _BATCH, data.splits["val"])
-        losses = []
-        for start in range(0, num, _BATCH):
-            batch = data.load("val", range(start, min(start + _BATCH, num)))
+        losses, size = [], images_at_once(_BATCH, data.image_size)
+        for start in range(0, num, size):
+            batch = data.load("val", range(start, min(start + size, num)))
             moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             draw = Draw(self.context.seed, moved["sample_id"], moved["epoch"])
             with self.precision():
@@ -110,8 +110,9 @@ class DiffusionStage(Stage):
 
     def generate(self, batch: Batch, seed: int) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
+        size = images_at_once(_BATCH, self.trainer.datamodule.image_size)
         with self.precision():
-            return self.generation()(batch, seed)
+            return self.generation()(batch, seed, size=size)
 
     def preview(self) -> Preview:
         """The same held-out captions and the same noise each time."""
@@ -141,7 +142,10 @@ class DiffusionStage(Stage):
             batch = data.load(split, ids, as_images=True)
             image = batch["image"].to(self.device)
             with torch.no_grad(), self.precision():
-                made = [self.first_stage.decode(self.first_stage.encode(part).mean) for part in image.split(_BATCH)]
+                made = [
+                    self.first_stage.decode(self.first_stage.encode(part).mean)
+                    for part in image.split(images_at_once(_BATCH, image.shape[-1]))
+                ]
             groups[name] = {
                 "real": to_uint8(image),
                 "attributes": [told[i] for i in ids],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.manifest import Manifest, measure
+from sdtrain.stage.base import images_at_once
 
 _BATCH = 128
 _MOST_BYTES = 16 << 30
@@ -23,8 +24,9 @@ def _device(first_stage: nn.Module) -> torch.device:
 def _moments(first_stage: nn.Module, data: L.LightningDataModule, split: str, num: int) -> Iterator[Tensor]:
     """Posterior mean and std (B, 2, C, h, w) of the first pictures of a split, in order and in fixed batches."""
     device = _device(first_stage)
-    for start in range(0, num, _BATCH):
-        image = data.load(split, range(start, min(start + _BATCH, num)), as_images=True)["image"].to(device)
+    size = images_at_once(_BATCH, data.image_size)
+    for start in range(0, num, size):
+        image = data.load(split, range(start, min(start + size, num)), as_images=True)["image"].to(device)
         yield torch.stack(first_stage.encode(image), dim=1).cpu()
 
 
