@@ -8,15 +8,16 @@ with the area and the centroid found (which blur leaves alone), differs least fr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import permutations
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import max_pool2d
+from typing_extensions import override
 
 from sdtrain.errors import ConfigError
+from sdtrain.metric.reader import Reader, blur
 
 ATTRIBUTES = ("shape", "colour", "size", "position", "ground")
 MIN_AREA_PIXELS = 16  # the smallest object covers about 45 pixels; less than this is a speck
@@ -42,16 +43,7 @@ class Vocabulary(Protocol):
     def distances(self, resolution: int) -> np.ndarray: ...
 
 
-class Group(TypedDict):
-    """One kind of captions: real pictures, what they show, their reconstructions, and samples from their captions."""
-
-    real: np.ndarray  # uint8 (N, H, W, 3), as are the other two
-    attributes: Sequence[Mapping[str, Any]]
-    reconstructions: np.ndarray
-    samples: np.ndarray
-
-
-class CaptionMatch:
+class CaptionMatch(Reader):
     """Reads pictures and scores them against attributes, the dictionaries that travel in the samples' .json members."""
 
     groups = (("one", "val", 1), ("two", "val", 2), ("heldout", "held_out", 1))  # name, split, number of things
@@ -73,6 +65,7 @@ class CaptionMatch:
         self._area = count * cell**2  # of each shape at radius 1
         self._centroid = np.stack([inside.sum(1) @ axis, inside.sum(2) @ axis], 1) / count[:, None]  # (8, 2)
 
+    @override
     def read(self, images: np.ndarray) -> list[dict[str, Any]]:
         """What uint8 pictures (N, H, W, 3) show: their "ground" and "things", as in a scene's attributes.
 
@@ -84,32 +77,13 @@ class CaptionMatch:
             readings += self._read_chunk(images[start : start + 128].astype(np.float32))
         return readings
 
-    def score(self, images: np.ndarray, attributes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    @override
+    def shares(self, readings: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Share of the pictures that show what their attributes say: "all" together, and each alone, in [0, 1].
 
         A picture with another number of objects meets nothing but the ground. Of two objects both must meet. Which
         object is which is decided in the picture's favour, so two objects that changed places miss the position only.
         """
-        return self._score(self.read(images), attributes)
-
-    def report(self, groups: Mapping[str, Group]) -> dict[str, dict[str, Any]]:
-        """Each group's score on its samples, and its limits.
-
-        {group: score, "ceiling": {group: score of the real pictures}, "reconstruction": {group: ...},
-        "floor": {group: score of the samples against the captions of their neighbours}}
-        """
-        report: dict[str, dict[str, Any]] = {"ceiling": {}, "reconstruction": {}, "floor": {}}
-        for name, group in groups.items():
-            attributes, samples = list(group["attributes"]), self.read(group["samples"])
-            report[name] = self._score(samples, attributes)
-            report["ceiling"][name] = self.score(group["real"], attributes)
-            report["reconstruction"][name] = self.score(group["reconstructions"], attributes)
-            report["floor"][name] = self._score(samples, attributes[1:] + attributes[:1])
-        return report
-
-    def _score(self, readings: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        if not readings or len(readings) != len(wanted):
-            raise ValueError(f"{len(readings)} pictures against the attributes of {len(wanted)}")
         met = np.array([self._met(reading, attributes) for reading, attributes in zip(readings, wanted)])  # (N, 5)
         shares = dict(zip(ATTRIBUTES, met.mean(0).tolist()))
         return {"all": float(met.all(1).mean()), **shares}
@@ -190,7 +164,7 @@ class CaptionMatch:
         )
         distance = self._distances[np.arange(len(radius))[:, None, None], row[:, :, None], column[:, None, :]]
         drawn = (0.5 - distance * radius[:, None, None]).clip(0, 1)  # (8, H, W)
-        blurred = [_blur(height, sigma) @ drawn @ _blur(width, sigma) for sigma in BLURS_PIXELS]
+        blurred = [blur(height, sigma) @ drawn @ blur(width, sigma) for sigma in BLURS_PIXELS]
         misfits = np.min([((shape - alpha) ** 2).sum((1, 2)) / area for shape in blurred], axis=0)
         best = int(misfits.argmin())
         if misfits[best] > NO_OBJECT_MISFIT:
@@ -210,14 +184,6 @@ def _inner_colour(offsets: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(offsets, axis=1)
     colour = offsets[length >= np.quantile(length, 0.7)].mean(0)
     return offsets[offsets @ colour >= 0.85 * (colour @ colour)].mean(0)
-
-
-@cache
-def _blur(length: int, sigma: float) -> np.ndarray:
-    """The matrix that blurs a line of pixels."""
-    step = np.arange(length)[:, None] - np.arange(length)
-    weight = np.exp(-0.5 * (step / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi)) if sigma else np.eye(length)
-    return weight.astype(np.float32)
 
 
 def _pool(values: np.ndarray, window: int) -> np.ndarray:

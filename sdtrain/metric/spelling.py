@@ -12,9 +12,10 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from sdtrain.errors import ConfigError
-from sdtrain.metric.caption_match import Group
+from sdtrain.metric.reader import Reader, blur
 
 FIGURES = ("letter", "word", "colour", "ground")
 MIN_CONTRAST = 40.0  # between ground and ink, in RGB; less is an empty picture
@@ -53,7 +54,7 @@ class Drawings(NamedTuple):
     shape: tuple[int, int]
 
 
-class Spelling:
+class Spelling(Reader):
     """Reads pictures and scores them against attributes, the dictionaries that travel in the samples' .json members."""
 
     # Name, split, number of words: the stage takes the captions of each group from there.
@@ -67,6 +68,7 @@ class Spelling:
         self._colours = np.array(list(vocabulary.colours.values()), np.float32)
         self._grounds = np.array(list(vocabulary.grounds.values()), np.float32)
 
+    @override
     def read(self, images: np.ndarray) -> list[dict[str, Any]]:
         """What uint8 pictures (N, H, W, 3) show: "things" (text, x, y) from top to bottom, "colour" and "ground".
 
@@ -74,28 +76,13 @@ class Spelling:
         """
         return [self._read(image.astype(np.float32)) for image in images]
 
-    def score(self, images: np.ndarray, attributes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    @override
+    def shares(self, readings: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Shares in [0, 1]: of the pictures that are right in "all", and of what is right alone.
 
         "letter" counts the captions' letters that stand in their places, in the line and in the word; "word" the
         captions' words that are read whole on their lines; "colour" and "ground" pictures.
         """
-        return self._score(self.read(images), attributes)
-
-    def report(self, groups: Mapping[str, Group]) -> dict[str, dict[str, Any]]:
-        """Each group's score on its samples, and its limits, as `CaptionMatch.report` gives them."""
-        report: dict[str, dict[str, Any]] = {"ceiling": {}, "reconstruction": {}, "floor": {}}
-        for name, group in groups.items():
-            attributes, samples = list(group["attributes"]), self.read(group["samples"])
-            report[name] = self._score(samples, attributes)
-            report["ceiling"][name] = self.score(group["real"], attributes)
-            report["reconstruction"][name] = self.score(group["reconstructions"], attributes)
-            report["floor"][name] = self._score(samples, attributes[1:] + attributes[:1])
-        return report
-
-    def _score(self, readings: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        if not readings or len(readings) != len(wanted):
-            raise ValueError(f"{len(readings)} pictures against the attributes of {len(wanted)}")
         letters, words, colours, grounds, whole = [], [], [], [], []
         for reading, attributes in zip(readings, wanted):
             read, told = ([thing["text"] for thing in shown["things"]] for shown in (reading, attributes))
@@ -168,7 +155,7 @@ class Spelling:
         sharp = np.concatenate(
             [self.vocabulary.glyphs(height, BORDER + x, BORDER + y, rows, columns) for y in PHASES for x in PHASES]
         )
-        drawn = np.concatenate([_blur(rows, sigma) @ sharp @ _blur(columns, sigma) for sigma in BLURS_PIXELS])
+        drawn = np.concatenate([blur(rows, sigma) @ sharp @ blur(columns, sigma) for sigma in BLURS_PIXELS])
         pixels = drawn.reshape(len(drawn), -1)  # (T, rows x columns)
         pixels = pixels - pixels.mean(1, keepdims=True)
         letters = np.tile(np.arange(len(self.vocabulary.letters)), len(PHASES) ** 2 * len(BLURS_PIXELS))
@@ -185,10 +172,3 @@ def _runs(mask: np.ndarray, least: int) -> list[tuple[int, int]]:
     """Where runs of True of some length begin and end."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2]) if b - a >= least]
-
-
-def _blur(length: int, sigma: float) -> np.ndarray:
-    """The matrix that blurs a line of pixels."""
-    step = np.arange(length)[:, None] - np.arange(length)
-    weight = np.exp(-0.5 * (step / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi)) if sigma else np.eye(length)
-    return weight.astype(np.float32)
