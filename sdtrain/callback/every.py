@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +11,7 @@ from typing_extensions import override
 from sdtrain.errors import ConfigError
 
 
-class EverySteps(Callback):
+class EverySteps(Callback, ABC):
     """Calls `act` once after every `every_steps` optimizer steps and once after step `max_steps`, on all ranks.
 
     A run that is stopped before its last step does not act on the way out: who preempts it does not wait.
@@ -37,5 +38,6 @@ class EverySteps(Callback):
         if step % self.every_steps == 0 or step == trainer.max_steps:
             self.act(trainer, pl_module)
 
+    @abstractmethod
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        raise NotImplementedError
+        """What is done then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from sdtrain.layer.frozen import Frozen
 from sdtrain.ops.random import Draw
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(nn.Module, ABC):
     """Captions -> what a transformers model makes of them, in float32. A subclass says in `encode` what it takes.
 
     Args:
@@ -45,9 +46,9 @@ class TextEncoder(nn.Module):
             self.frozen = Frozen(encoder)
             self.__dict__["encoder"] = encoder
 
+    @abstractmethod
     def encode(self, ids: Tensor, mask: Tensor) -> Conditioning:
         """Tokens (B, L) and which of them are no padding -> the conditioning."""
-        raise NotImplementedError
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, max_tokens) int64, cut and padded, and which are no padding."""

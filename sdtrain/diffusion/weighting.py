@@ -7,6 +7,7 @@ the same loss whatever the network predicts.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,12 @@ class Unit:
         return torch.ones_like(at.alpha)
 
 
-class OnX0:
+class OnX0(ABC):
     """A weight of the squared error of x0, said in that of the network's own prediction."""
 
+    @abstractmethod
     def on_x0(self, at: PathPoint) -> Tensor:
         """(B,) -> (B,): the weight of |x0 error|^2; alpha and sigma are above 0."""
-        raise NotImplementedError
 
     def __call__(self, kind: Prediction, at: PathPoint) -> Tensor:
         """(B,) -> (B,), finite at both ends of every path."""
