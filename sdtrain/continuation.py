@@ -76,10 +76,13 @@ def compare(previous: dict[str, Any], current: dict[str, Any]) -> Differences:
 
 
 def check_continuation(directory: Path, cfg: DictConfig) -> list[str]:
-    """Warnings about going on in `directory` with this config; ConfigError where it holds another run's."""
+    """Warnings about going on in `directory` with this config; ConfigError where it holds another run's.
+
+    A run that ended before a stage began (a wrong path, a missing file) binds nobody: its command can be mended.
+    """
     check_output_directory(directory)
     file = directory / "config.yaml"
-    if not file.is_file():
+    if not file.is_file() or not any(child.is_dir() for child in directory.iterdir()):
         return []
     try:
         previous = OmegaConf.to_container(OmegaConf.load(file))

@@ -279,8 +279,9 @@ def test_a_constructors_complaint_names_the_key() -> None:
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
-    """A config, written into its run directory."""
+    """A config, written into the directory of a run that has begun a stage."""
     directory = tmp_path_factory.mktemp("run")
+    (directory / "autoencoder").mkdir()
     cfg = load_config([SMOKE, f"output_dir={directory}"])
     OmegaConf.save(OmegaConf.create(resolve_and_redact(cfg)), directory / "config.yaml")
     return cfg
@@ -319,6 +320,8 @@ def test_a_directory_goes_on_only_with_its_own_run(changes: list[str], kind: str
 def test_a_directory_is_checked_before_anything_else(tmp_path: Path, before: DictConfig) -> None:
     assert check_continuation(tmp_path / "new", before) == []
     (tmp_path / "config.yaml").write_text("a: [")
+    assert check_continuation(tmp_path, before) == []
+    (tmp_path / "autoencoder").mkdir()
     with pytest.raises(ConfigError, match="cannot be read"):
         check_continuation(tmp_path, before)
 

@@ -308,6 +308,17 @@ def test_weights_that_do_not_fit_are_named(train, tmp_path):
         train(tmp_path / "run", "stages=[diffusion]", weights)
 
 
+def test_a_command_that_began_nothing_can_be_mended_in_its_directory(train, whole, tmp_path):
+    """What a wrong path left behind is no run; what a stage began is one."""
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(ConfigError, match="first_stage.weights"):
+        train(tmp_path / "run", "stages=[diffusion]", f"first_stage.weights={tmp_path}/wrong")
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    train(tmp_path / "run", "stages=[diffusion]", f"first_stage.weights={whole}/autoencoder")
+    with pytest.raises(ConfigError, match="holds a run of another config"):
+        train(tmp_path / "run", "stages=[diffusion]", f"first_stage.weights={whole}")
+
+
 # Other parts
 
 VARIANTS = [
