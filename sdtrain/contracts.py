@@ -26,6 +26,9 @@ class Batch(TypedDict, total=False):
     attributes: list[dict[str, Any] | None]  # the sample's .json member
     sample_id: Tensor  # (B,) int64, the sample's stable number in the index
     epoch: Tensor  # (B,) int64, how often the sample's source was gone through before
+    original_size: Tensor  # (B, 2) int64, height and width of the file's picture, upright; with `image` only
+    crop_top_left: Tensor  # (B, 2) int64, where the crop stands in the picture when scaled to cover its target
+    target_size: Tensor  # (B, 2) int64, height and width of `image`
     cursor: dict[str, Any]  # the plan's state once the optimizer step that this micro-batch belongs to is done
     last_micro_of_step: bool
     # What a stage adds for its conditioner, see `stage/generation.py`:

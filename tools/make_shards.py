@@ -107,7 +107,7 @@ def read_samples(
                 raise BadSample("no_such_file")
             data = path.read_bytes()
             text = clean_caption(caption)
-            decode_image(data, CHECK_SIZE)
+            decode_image(data, CHECK_SIZE, CHECK_SIZE)
             if path.suffix.lower() not in IMAGES:
                 raise BadSample("not_an_image")
         except BadSample as bad:

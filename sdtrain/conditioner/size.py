@@ -16,7 +16,8 @@ class Size(nn.Module):
     """{"sizes": (B, 6)}: original height and width, crop top and left, target height and width, in pixels.
 
     The sample's .json member says `height` and `width` of the original and `crop`, [top, left] in the resized picture.
-    What it does not say is taken as if the picture had been so from the start. The null condition is the same sizes.
+    What it does not say is what the reader found when it scaled and cropped the file's picture, or else as if the
+    picture had been so from the start. The null condition is the same sizes.
 
     Args:
         width, pooled_width: null, as there is no text.
@@ -29,23 +30,31 @@ class Size(nn.Module):
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:  # noqa: ARG002 never dropped
         """The batch's sizes."""
-        num, target = len(batch["caption"]), batch["image_size"]
-        attributes = batch.get("attributes") or [None] * num
-        rows = [(*_original(batch, i, attributes[i] or {}, target), *target) for i in range(num)]
-        return {"sizes": self.place.new_tensor(rows)}  # (B, 6)
+        num, target = len(batch["caption"]), self.place.new_tensor(batch["image_size"])
+        found = [batch[name].to(target) for name in ("original_size", "crop_top_left") if name in batch]
+        own = torch.cat(found or [target, torch.zeros_like(target)], dim=-1).expand(num, 4).clone()  # (B, 4)
+        for i, said in enumerate(batch.get("attributes") or []):
+            for place, value in _said(batch, i, said or {}):
+                own[i, place] = value
+        return {"sizes": torch.cat((own, target.expand(num, 2)), dim=1)}  # (B, 6)
 
     def unconditional(self, batch: Batch) -> Conditioning:
         """The same: guidance moves away from no text, not from no size."""
         return self(batch)
 
 
-def _original(batch: Batch, i: int, said: dict[str, Any], target: tuple[int, int]) -> tuple[float, ...]:
-    height, width, crop = said.get("height", target[0]), said.get("width", target[1]), said.get("crop", [0, 0])
-    values = (height, width, *(crop if isinstance(crop, list | tuple) else [crop]))
-    if len(values) != 4 or not all(isinstance(value, int | float) for value in values):
+def _said(batch: Batch, i: int, said: dict[str, Any]) -> list[tuple[int, float]]:
+    """What a sample's .json says of its sizes: (place in the row, pixels)."""
+    crop = said.get("crop", [])
+    crop = list(crop) if isinstance(crop, list | tuple) else [crop]
+    given = [(0, said["height"])] if "height" in said else []
+    given += [(1, said["width"])] if "width" in said else []
+    given += list(enumerate(crop, start=2))
+    if len(crop) not in (0, 2) or not all(isinstance(value, int | float) for _, value in given):
         sample = batch["key"][i] if "key" in batch else f"number {i}"
+        height, width, crop = (said.get(name) for name in ("height", "width", "crop"))
         raise ConfigError(
             f"sample {sample}: height {height!r}, width {width!r} and crop {crop!r} in its .json must be pixels, crop"
             " as [top, left]"
         )
-    return values
+    return given

@@ -10,6 +10,7 @@ REASONS = (
     "decode_error",
     "caption_too_large",
     "caption_not_utf8",
+    "empty_caption",
     "bad_json",
     "crc_mismatch",
     "replaced_in_latents",

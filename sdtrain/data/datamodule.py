@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -14,15 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from sdtrain.contracts import Batch
-from sdtrain.data.index import Index, build_index, find_shards
-from sdtrain.data.plan import Plan
+from sdtrain.data.bucket import Buckets, Table
+from sdtrain.data.plan import START, Cursor, Layout, Plan
 from sdtrain.data.reader import Reader
+from sdtrain.data.source import Corpus, Shards, Source, read_sources
 from sdtrain.data.stream import Loader, Stream
 from sdtrain.errors import ConfigError
-
-_MAX_VAL_SAMPLES = 2000
-
-Shards = str | Path | Sequence[str | Path]
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -32,63 +30,83 @@ class ShardDataModule(L.LightningDataModule):
 
     Args:
         shards: a .tar file, a glob, a folder of .tar files, or a list of these.
-        val_shards: the same for validation; None takes a part of `shards`, chosen by a hash of the key.
-        val_fraction: how much of `shards` that part is; at least 1 sample, at most 2000.
+        sources: in its place, several of them by name: {name: {shards, weight, filter}}, see `source.py`.
+        val: shards for validation; or how much of the training samples, chosen by a hash of the key, at most 2000.
         image_size: pictures are scaled to cover and cropped to a square of this side, in pixels.
+        buckets: train on pictures of other shapes, too; None: squares. Validation has squares.
+        reader: how pictures and captions are read, a Reader that lacks its index; None: as it does by default.
         num_workers: DataLoader workers; any number gives the same batches.
+        start_method: how they start; None: as the platform does.
         cache_bytes: so much memory may hold decoded pictures when there are no workers.
-        max_bad_fraction: more bad samples than this among the last thousand end the run.
         max_samples: train on the first so many alone.
     """
 
     def __init__(
         self,
-        shards: Shards,
-        val_shards: Shards | None = None,
-        val_fraction: float = 0.05,
+        shards: Shards | None = None,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
+        val: float | Shards = 0.05,
         image_size: int = 64,
+        buckets: Buckets | None = None,
+        reader: Callable[..., Reader] | None = None,
         num_workers: int = 0,
+        start_method: Literal["fork", "forkserver", "spawn"] | None = None,
         cache_bytes: int = 1 << 30,
-        max_bad_fraction: float = 0.1,
         max_samples: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < val_fraction < 1:
-            raise ConfigError(f"data.val_fraction: {val_fraction} is not between 0 and 1")
-        self.image_size, self.num_workers, self.cache_bytes = image_size, num_workers, cache_bytes
-        self.val_fraction, self.max_bad_fraction, self.max_samples = val_fraction, max_bad_fraction, max_samples
-        self._shards: dict[str, Shards] = {"train": shards}
-        if val_shards is not None:
-            self._shards["val"] = val_shards
+        if isinstance(val, float) and not 0 < val < 1:
+            raise ConfigError(f"data.val: {val} is not between 0 and 1")
+        if (shards is None) == (sources is None):
+            raise ConfigError("data: set one of data.shards and data.sources")
+        self.image_size, self.buckets, self.max_samples = image_size, buckets, max_samples
+        self.num_workers, self.start_method, self.cache_bytes = num_workers, start_method, cache_bytes
+        self._new_reader = reader or Reader
+        self._sources = None if sources is None else read_sources(sources)
+        self._shards: dict[str, Shards] = {} if shards is None else {"train": shards}
+        self._val_fraction = val if isinstance(val, float) else 0.0
+        if not self._val_fraction:
+            self._shards["val"] = val
         self._readers: dict[str, Reader] = {}
-        self._losses: Counter[str] = Counter()
         self._order: tuple[int, int, int] | None = None
-        self._step = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._plan: Plan | None = None
+        self._cursor: Cursor = START
         self._loader_built = False
 
-    def connect(self, seed: int, global_batch_size: int, num_accumulate: int = 1) -> None:
-        """What the run knows and the configuration of the data does not. Starts a new fit at step 0."""
+    def connect(
+        self, seed: int, global_batch_size: int, num_accumulate: int = 1, directory: Path | None = None
+    ) -> None:
+        """What the run knows and the configuration of the data does not. Starts a new fit at step 0.
+
+        Args:
+            directory: where the record of bad samples goes; None keeps none.
+        """
         self._order = (seed, global_batch_size, num_accumulate)
-        self._step = 0
-        self._loader_built = False
+        self._directory = directory
+        self._start()
+        self._connect_readers()
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  Lightning's signature
         """Index the shards of every split. Several ranks may do this at once."""
         if self._readers:
             return
-        indices = {split: self._index(split) for split in self._shards}
-        if "val" not in indices:
-            indices["train"], indices["val"] = self._split(indices["train"])
-        if self.max_samples is not None:
-            indices["train"] = indices["train"].subset(np.arange(min(self.max_samples, len(indices["train"]))))
-        left = self.cache_bytes
+        self._corpus = self._describe()
+        self._corpus.build(self._table(), self.max_samples)
+        for note in self._corpus.notes:
+            _say(f"data: {note}")
+        indices, left = self._corpus.indices, self.cache_bytes
         for split, index in indices.items():
             num_cached = min(len(index), left // (self.image_size**2 * 3))
             left -= num_cached * self.image_size**2 * 3
-            num_workers = self.num_workers if split == "train" else 0
-            self._readers[split] = Reader(
-                index, self.image_size, 0 if num_workers else num_cached, self.max_bad_fraction, num_workers
-            )
+            if split == "train":
+                how = {"num_cached": 0 if self.num_workers else num_cached, "num_workers": self.num_workers}
+            else:
+                how = {"num_cached": num_cached, "crop": "center", "flip": False}  # the same pictures each time
+            self._readers[split] = self._new_reader(index, self.image_size, **how)
+        self._connect_readers()
 
     @property
     def num_train(self) -> int:
@@ -97,8 +115,12 @@ class ShardDataModule(L.LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the training split's index."""
-        return self._reader("train").index.fingerprint
+        """sha256 of the training split's index and, where they have names, of its sources."""
+        own = self._reader("train").index.fingerprint
+        if self._sources is None:
+            return own
+        named = [[order.name, len(order)] for order in self._corpus.orders()]
+        return hashlib.sha256(json.dumps([own, named]).encode()).hexdigest()
 
     @property
     def splits(self) -> dict[str, int]:
@@ -112,7 +134,7 @@ class ShardDataModule(L.LightningDataModule):
         `as_images` gives pictures even where latents are attached.
         """
         ids = np.asarray(positions, np.int64)
-        return self._reader(split).batch(ids, np.zeros_like(ids), as_images)
+        return self._reader(split).batch(ids, np.zeros_like(ids), as_images=as_images)
 
     def captions(self, split: str) -> list[str]:
         """The caption of every place."""
@@ -133,78 +155,100 @@ class ShardDataModule(L.LightningDataModule):
             split: which split.
             mean_std: (N, 2, C, h, w) float16, made of the batches that `load` gave for places 0 to N - 1.
             shown: what `shown(split)` said then; None finds it out, which decodes what was not read in this process.
-        """
-        self._reader(split).attach_latents(mean_std, shown)
 
-    def accounting(self) -> dict[str, int]:
-        """Reads, replacements by reason, and what the shards lost by reason; this process's and its workers'."""
+        Raises:
+            ConfigError: for pictures that are not the same square each time.
+        """
+        reader = self._reader(split)
+        if reader.flip or reader.crop != "center" or (self.buckets is not None and split == "train"):
+            raise ConfigError(
+                "diffusion.cache_latents: latents in memory are of one square of each picture, and data.buckets, "
+                "data.reader.crop or data.reader.flip asks for others; set diffusion.cache_latents=false"
+            )
+        reader.attach_latents(mean_std, shown)
+
+    def accounting(self) -> dict[str, int | float]:
+        """Reads, replacements and what was left out, each by reason, of this process and its workers; the samples of
+        every bucket; how often each source was gone through.
+        """
+        self.setup()
         total = Counter({"read": 0, "replaced": 0})
         for reader in self._readers.values():
             total.update(reader.accounting())
-        total.update(self._losses)
-        return dict(total)
+        total.update(self._corpus.counts)
+        return dict(total) | ({} if self._plan is None else self._plan.epochs(self._cursor))
 
     def train_dataloader(self) -> Loader:
-        """The endless stream, from the step that was restored."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        _, _, num_accumulate = self._connected()
-        stream = Stream(self._reader("train"), self._plan(), self._step, rank, world, num_accumulate)
+        """The endless stream, from the place that was restored."""
+        rank, world = self._place()
+        plan, (_, _, num_accumulate) = self._planned(), self._connected()
+        self._connect_readers()
+        stream = Stream(self._reader("train"), plan, self._cursor, rank, world, num_accumulate)
         self._loader_built = True
-        return Loader(stream, self.num_workers)
+        return Loader(stream, self.num_workers, self.start_method)
 
-    def advance(self, cursor: Mapping[str, Any]) -> None:
+    def advance(self, cursor: Cursor) -> None:
         """An optimizer step is done; `cursor` came with its micro-batches. So prefetched batches do not count."""
-        self._step = int(cursor["step"])
+        self._cursor = cursor
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, in consumed batches; the same on every rank."""
-        return self._plan().state(self._step)
+        return self._planned().state(self._cursor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state. One of other data, seed or global batch is refused."""
-        step = self._plan().step_of(state_dict)
+        """Go on from a saved state. One of other data, seed or global batch is refused; other weights are taken up."""
+        plan, cursor = self._make_plan(state_dict.get("buckets.cell")).resume(state_dict)
         if self._loader_built:
             raise RuntimeError(
                 "the data state was restored after the training loader was built, which would train from step 0 again; "
                 "something asked for the loader too early (trainer.estimated_stepping_batches does)"
             )
-        self._step = step
+        if plan.segments[-1].block > cursor["block"] or len(plan.segments) > len(state_dict["segments"]):
+            weights = ", ".join(f"{order.name} {weight}" for order, weight in zip(plan.orders, plan.weights))
+            _say(f"data: other weights ({weights}) from block {plan.segments[-1].block} on; now in {cursor['block']}")
+        self._plan, self._cursor = plan, cursor
 
     def _connected(self) -> tuple[int, int, int]:
         if self._order is None:
             raise RuntimeError("the data module needs connect(seed, global_batch_size, num_accumulate) first")
         return self._order
 
-    def _plan(self) -> Plan:
-        seed, global_batch_size, _ = self._connected()
-        return Plan(self.num_train, seed, global_batch_size, self.fingerprint)
+    def _connect_readers(self) -> None:
+        if self._order is not None:
+            for reader in self._readers.values():
+                reader.connect(self._order[0], self._directory, self._place()[0])
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _describe(self) -> Corpus:
+        sources = [Source("", self._shards["train"])] if self._sources is None else self._sources
+        others = [Source(split, of, option=f"data.{split}") for split, of in self._shards.items() if split != "train"]
+        return Corpus(sources, others, self._val_fraction)
+
+    def _table(self) -> Table | None:
+        return None if self.buckets is None else self.buckets.table(self.image_size)
+
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    def _make_plan(self, cell: int | None = None) -> Plan:
+        """The plan from the start; where the cells are not configured, they are those of the run before, `cell`."""
+        index, layout = self._reader("train").index, None
+        seed, size, num_accumulate = self._connected()
+        if self.buckets is not None:
+            cell = self.buckets.cell_of(size, self._place()[1], num_accumulate, cell)
+            layout = Layout(self._table(), index, cell, self.buckets.sync == "group")
+        weights = tuple(source.weight for source in self._corpus.sources)
+        return Plan(self._corpus.orders(), seed, size, weights, self.fingerprint, layout)
 
     def _reader(self, split: str) -> Reader:
         self.setup()
         if split not in self._readers:
             raise ConfigError(f"data: no split '{split}'; there are {', '.join(self._readers)}")
         return self._readers[split]
-
-    def _index(self, split: str) -> Index:
-        option = "data.shards" if split == "train" else f"data.{split}_shards"
-        index = build_index(find_shards(self._shards[split], option))
-        for loss in index.losses:
-            self._losses[f"lost/{loss.reason}"] += loss.count
-            _say(f"data: {loss.shard}: {loss.reason} {loss.count} ({loss.note})")
-        if not len(index):
-            raise ConfigError(
-                f"{option}: no sample with an image in {len(index.shards)} shards, {index.shards[0]} first"
-            )
-        return index
-
-    def _split(self, index: Index) -> tuple[Index, Index]:
-        if len(index) == 1:
-            _say("data: there is one sample only; it is used for training and for validation")
-            return index, index
-        num_val = min(max(1, round(self.val_fraction * len(index))), _MAX_VAL_SAMPLES, len(index) - 1)
-        hashes = [hashlib.blake2b(key, digest_size=8).digest() for key in index.key.tolist()]
-        order = np.argsort(np.array(hashes, "S8").view(">u8"), kind="stable")
-        return index.subset(np.sort(order[num_val:])), index.subset(np.sort(order[:num_val]))
 
 
 @rank_zero_only

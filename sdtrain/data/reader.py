@@ -1,219 +1,281 @@
-"""Samples by number: bytes by offset, checked, decoded, made into batches; bad ones replaced and counted by reason."""
+"""Samples by number: read, decoded, made into batches; bad ones replaced and counted by reason."""
 
 from __future__ import annotations
 
-import json
-import os
-import zlib
-from collections import Counter, OrderedDict
-from collections.abc import Callable
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdtrain.contracts import Batch
-from sdtrain.data.bad_sample import REASONS, BadSample
-from sdtrain.data.caption import clean_caption
-from sdtrain.data.decode import decode_image
-from sdtrain.data.index import ABSENT, CAPTION, IMAGE, JSON, MAX_BYTES, Index
+from sdtrain.data.accounting import Accounting
+from sdtrain.data.attributes import parse_json
+from sdtrain.data.bad_sample import BadSample
+from sdtrain.data.caption import CaptionRule
+from sdtrain.data.decode import Decoded, decode_image
+from sdtrain.data.index import CAPTION, IMAGE, JSON, Index
+from sdtrain.data.members import Member, Members
+from sdtrain.data.quarantine import Quarantine
+from sdtrain.data.storage import Storage
 from sdtrain.errors import ConfigError
+from sdtrain.ops.random import Draw
 
-_CODES = {reason: code for code, reason in enumerate(REASONS, start=1)}  # 0: the sample is good, or not read yet
-_TOO_LARGE = {IMAGE: "image_too_large", CAPTION: "caption_too_large", JSON: "bad_json"}
-_MAX_OPEN_SHARDS = 64
-_WINDOW_READS = 1000
-_MAX_TRIES = 1000
+_TEXTS_AT_ONCE = 1024
 
-Text = tuple[str, dict[str, Any] | None]
-T = TypeVar("T")
+Attributes = dict[str, Any] | None
+
+
+class _View(NamedTuple):
+    """How a place is shown this time: the picture's height and width, the crop's place, mirrored or not."""
+
+    size: tuple[int, int] | None  # None: no picture is wanted
+    crop: tuple[float, float] = (0.5, 0.5)
+    flip: bool = False
+    draw: float = 0.0  # from [0, 1), chooses among captions
+
+
+class _Sample(NamedTuple):
+    shown: int  # whose picture and caption these are
+    text: bytes | None
+    attributes: Attributes
+    caption: str
+    picture: Decoded | None
 
 
 class Reader:
     """Random access to the samples of one split.
 
     A bad sample's place is taken by the next good one, cyclically: a function of the bytes alone, so every rank, worker
-    and resumed run makes the same replacement. `sample_id` stays the place's own number.
+    and resumed run makes the same replacement. `sample_id` stays the place's own number. Crop, flip and the choice
+    among captions are drawn by (seed, epoch, sample id), so they are the same wherever the sample is read.
 
     Args:
         index: the samples.
-        image_size: pictures are made square of this side, in pixels.
-        num_cached: the first so many samples stay decoded in memory (never in DataLoader workers).
-        max_bad_fraction: more bad samples than this among the last thousand reads end the run.
-        num_workers: how many DataLoader workers will count into the accounting.
+        image_size: pictures are made square of this side, in pixels, where `batch` is given no size.
+        num_cached: the first so many samples stay decoded in memory (never in DataLoader workers, and only where
+            every epoch shows the same: a centre crop, no flip).
+        num_workers: DataLoader workers that will count into the accounting.
+        crop: what stands out of the target is cut "center" or at "random".
+        flip: mirror half of the pictures.
+        ground: what is seen through transparent pixels, as RGB.
+        caption: which caption is told; None: the .txt member as it is.
+        storage: where bytes come from; None reads files, and keeps nothing of remote ones.
+        max_bad_fraction: more bad samples than this among the last 10,000 reads end the run.
     """
 
     def __init__(
-        self, index: Index, image_size: int, num_cached: int = 0, max_bad_fraction: float = 0.1, num_workers: int = 0
+        self,
+        index: Index,
+        image_size: int,
+        num_cached: int = 0,
+        num_workers: int = 0,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = False,
+        ground: tuple[int, int, int] = (255, 255, 255),
+        caption: CaptionRule | None = None,
+        storage: Storage | None = None,
+        max_bad_fraction: float = 0.01,
     ) -> None:
-        self.index, self.image_size, self.max_bad_fraction = index, image_size, max_bad_fraction
-        # (process, 1 + reason), shared with the workers: row 0 is the main process; column 0 counts good reads
-        self._counts = torch.zeros(num_workers + 1, len(REASONS) + 1, dtype=torch.int64).share_memory_()
-        self._row = 0
-        self._window = np.zeros(len(REASONS) + 1, np.int64)
-        self._shown = np.full(len(index), -1, np.int64)  # the sample that stands at each place; -1: not read yet
-        self._code = np.zeros(len(index), np.uint8)  # why the place's own sample is bad
+        if crop not in ("center", "random"):
+            raise ConfigError(f"data.crop={crop!r} is none of 'center', 'random'")
+        self.index, self.image_size = index, image_size
+        self.crop, self.flip, self.ground, self.seed = crop, flip, tuple(ground), 0
+        self.caption = caption or CaptionRule()
+        self._members = Members(index, storage or Storage())
+        self._accounting = Accounting(index.shards, len(index), num_workers, max_bad_fraction)
+        self._bad: dict[int, str] = {}  # sample -> why it is bad, as far as this process knows
         self._latents: Tensor | None = None
-        self._start(num_cached)
+        self._latents_shown: np.ndarray | None = None  # (N,) whose latent stands at each place
+        self._is_read = np.zeros(len(index), bool)  # which places' pictures this process knows; none in a worker
+        self._start(num_cached if crop == "center" and not flip else 0)
 
     def _start(self, num_cached: int) -> None:
-        self._shards: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._texts: dict[int, Text] = {}
         self._num_cached = num_cached
-        self._held = np.zeros(len(self.index), bool)
+        self._kept: dict[int, _Sample] = {}
         self._cache = np.zeros((num_cached, self.image_size, self.image_size, 3), np.uint8)  # pages come as they fill
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_shards", "_texts", "_num_cached", "_held", "_cache")  # one process's
+        own = ("_num_cached", "_kept", "_cache", "_is_read")  # one process's
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _is_read=np.zeros(0, bool))
         self._start(0)
 
     def enter_worker(self, worker: int) -> None:
-        """From here on this is the copy of a DataLoader worker: no cache, and a row of its own to count in."""
+        """From here on this is the copy of a DataLoader worker: no cache, and counts and files of its own."""
+        self._is_read = np.zeros(0, bool)
         self._start(0)
-        self._row = worker + 1
+        self._members.storage.enter_worker()
+        self._accounting.enter_worker(worker)
 
-    def batch(self, ids: np.ndarray, epochs: np.ndarray, as_images: bool = False) -> Batch:
-        """The samples at some places. With latents attached, `latent` stands where `image` would, unless asked for."""
-        ids = np.asarray(ids, np.int64)
-        batch: Batch = {}
-        if self._latents is None or as_images:
-            batch["image"] = _to_float(self._pictures(ids))
+    def connect(self, seed: int, directory: Path | None = None, rank: int = 0) -> None:
+        """What the run knows: its seed, and where the record of bad samples goes, of which rank."""
+        self.seed = seed
+        self._accounting.quarantine = Quarantine(directory, rank)
+
+    def batch(
+        self, ids: np.ndarray, epochs: np.ndarray, size: tuple[int, int] | None = None, as_images: bool = False
+    ) -> Batch:
+        """The samples at some places, all of one size. With latents attached, `latent` stands where `image` would.
+
+        Args:
+            ids: (B,) places.
+            epochs: (B,) how often each was met before.
+            size: the pictures' height and width; None makes them square of `image_size`.
+            as_images: pictures even where latents are attached.
+        """
+        ids, epochs = np.asarray(ids, np.int64), np.asarray(epochs, np.int64)
+        is_decoded = self._latents is None or as_images
+        views = self._views(ids, epochs, (size or (self.image_size, self.image_size)) if is_decoded else None)
+        samples = self._samples(ids.tolist(), views)
+        self._count(ids.tolist(), samples)
+        batch: Batch = {
+            "caption": [sample.caption for sample in samples],
+            "attributes": [sample.attributes for sample in samples],
+            "key": [self.index.name(sample.shown) for sample in samples],
+            "sample_id": torch.from_numpy(ids),
+            "epoch": torch.from_numpy(epochs),
+        }
+        if is_decoded:
+            pictures = [sample.picture for sample in samples]
+            batch["image"] = to_float(np.stack([picture.pixels for picture in pictures]))
+            batch["original_size"] = torch.tensor([picture.original_size for picture in pictures])  # (B, 2)
+            batch["crop_top_left"] = torch.tensor([picture.crop_top_left for picture in pictures])  # (B, 2)
+            batch["target_size"] = torch.tensor([batch["image"].shape[2:]] * len(ids))  # (B, 2)
         else:
-            batch["latent"] = self._latents[torch.from_numpy(ids)]
-        self._count(ids)
-        shown = self._shown[ids].tolist()
-        texts = [self._text(sample) for sample in shown]
-        batch["caption"] = [caption for caption, _ in texts]
-        batch["attributes"] = [attributes for _, attributes in texts]
-        batch["key"] = [self.index.name(sample) for sample in shown]
-        batch["sample_id"] = torch.from_numpy(ids)
-        batch["epoch"] = torch.from_numpy(np.asarray(epochs, np.int64))
+            batch["latent"] = self._latents[batch["sample_id"]]
         return batch
 
-    def texts(self) -> list[Text]:
+    def texts(self) -> list[tuple[str, Attributes]]:
         """Caption and attributes of every place, a pair from one sample; pictures are not looked at."""
-        return [self._next_good(place, self._text)[0] for place in range(len(self.index))]
+        places = np.arange(len(self.index))
+        parts = (places[first : first + _TEXTS_AT_ONCE] for first in range(0, len(places), _TEXTS_AT_ONCE))
+        samples = [s for part in parts for s in self._samples(part.tolist(), self._views(part, part * 0, None))]
+        return [(sample.caption, sample.attributes) for sample in samples]
 
     def shown(self) -> Tensor:
         """(N,) int64: the sample that stands at each place, its own number unless it is bad. Reads what is unread."""
-        for place in np.flatnonzero(self._shown < 0).tolist():
-            self._picture(place)
-        return torch.from_numpy(self._shown.copy())
+        if self._latents_shown is not None:
+            return torch.from_numpy(self._latents_shown.copy())
+        for place in np.flatnonzero(~self._is_read).tolist():
+            self._samples([place], [_View((self.image_size, self.image_size))])
+        shown = np.arange(len(self.index))
+        for place in self._bad:
+            shown[place] = self._first(place)
+        return torch.from_numpy(shown)
 
     def attach_latents(self, mean_std: Tensor, shown: Tensor | None = None) -> None:
         """Batches now carry these (N, 2, C, h, w) rows. `shown` is what stood at each place when they were made."""
         if len(mean_std) != len(self.index):
             raise ConfigError(f"data: {len(mean_std)} latents for {len(self.index)} samples; they are of other shards")
-        self._shown = (self.shown() if shown is None else shown).numpy().astype(np.int64)
-        replaced = self._shown != np.arange(len(self.index))
-        self._code[replaced & (self._code == 0)] = _CODES["replaced_in_latents"]
+        self._latents_shown = (self.shown() if shown is None else shown).numpy().astype(np.int64)
         self._latents = mean_std
+        self._kept.clear()
 
     def accounting(self) -> dict[str, int]:
-        """Reads and replacements so far, by reason, of this process and its workers."""
-        counts = self._counts.sum(0).tolist()
-        reasons = {f"replaced/{reason}": count for reason, count in zip(REASONS, counts[1:]) if count}
-        return {"read": sum(counts), "replaced": sum(counts[1:]), **reasons}
+        """Reads, replacements by reason and shard, bytes, of this process and its workers."""
+        return self._accounting.report()
 
-    def _pictures(self, ids: np.ndarray) -> np.ndarray:
-        if self._held[ids].all():
-            return self._cache[ids]  # (B, H, W, 3)
-        return np.stack([self._picture(place) for place in ids.tolist()])
+    def _views(self, ids: np.ndarray, epochs: np.ndarray, size: tuple[int, int] | None) -> list[_View]:
+        draw = Draw(self.seed, torch.from_numpy(ids), torch.from_numpy(epochs))
+        crops, flips = [(0.5, 0.5)] * len(ids), [False] * len(ids)
+        if size and self.crop == "random":
+            crops = [tuple(place) for place in draw.uniform("crop", (2,)).tolist()]
+        if size and self.flip:
+            flips = (draw.uniform("flip") < 0.5).tolist()
+        return [_View(size, *one) for one in zip(crops, flips, draw.uniform("caption").tolist())]
 
-    def _picture(self, place: int) -> np.ndarray:
-        if self._held[place]:
-            return self._cache[place]
-        pixels, self._shown[place] = self._next_good(place, self._decode)
-        if place < self._num_cached:
-            self._cache[place] = pixels
-            self._held[place] = True
-        return pixels
+    def _samples(self, places: Sequence[int], views: list[_View]) -> list[_Sample]:
+        """What stands at some places. What is not kept in memory is asked for at once."""
+        found: list[_Sample | None] = [self._recall(place, view) for place, view in zip(places, views)]
+        unread = [number for number, sample in enumerate(found) if sample is None]
+        first = [self._first(places[number]) for number in unread]
+        read = self._members.read(first, _kinds(views[0]))
+        for number, sample, members in zip(unread, first, read):
+            found[number] = self._next_good(places[number], sample, views[number], members)
+        return found
 
-    def _decode(self, sample: int) -> np.ndarray:
-        self._text(sample)  # a picture with a bad caption is a bad sample
-        return decode_image(self._bytes(sample, IMAGE), self.image_size)
+    def _recall(self, place: int, view: _View) -> _Sample | None:
+        kept = self._kept.get(place)
+        if kept is None or (view.size and (kept.picture is None or view.size != self._cache.shape[1:3])):
+            return None
+        return kept._replace(caption=self.caption(kept.text, kept.attributes, view.draw))
 
-    def _text(self, sample: int) -> Text:
-        if sample in self._texts:
-            return self._texts[sample]
-        sizes = self.index.size[sample]
-        caption = "" if sizes[CAPTION] == ABSENT else clean_caption(self._bytes(sample, CAPTION))
-        text = caption, (None if sizes[JSON] == ABSENT else _parse_json(self._bytes(sample, JSON)))
-        if sample < self._num_cached:
-            self._texts[sample] = text
-        return text
+    def _first(self, place: int) -> int:
+        """The sample to try at a place: the first that is not known to be bad."""
+        sample = place if self._latents_shown is None else int(self._latents_shown[place])
+        return self._skip_bad(sample)
 
-    def _next_good(self, place: int, read: Callable[[int], T]) -> tuple[T, int]:
-        """What `read` makes of the sample at a place, or of the next one it can read; and which one that was."""
-        for step in range(min(len(self.index), _MAX_TRIES)):
-            sample = (place + step) % len(self.index)
-            if self._code[sample]:
-                continue
+    def _skip_bad(self, sample: int) -> int:
+        if len(self._bad) == len(self.index):
+            blame = self._accounting.blame()
+            raise ConfigError(f"data: none of {len(self.index)} samples in a row can be read: {blame}")
+        while sample in self._bad:
+            sample = (sample + 1) % len(self.index)
+        return sample
+
+    def _next_good(self, place: int, sample: int, view: _View, members: tuple[Member, ...] | BadSample) -> _Sample:
+        """What stands at a place: this sample, whose members these are, or else the next that can be used."""
+        while True:
             try:
-                return read(sample), sample
+                if isinstance(members, BadSample):
+                    raise members
+                found = self._use(sample, members, view)
+                break
             except BadSample as bad:
-                self._code[sample] = _CODES[bad.reason]
-        raise ConfigError(f"data: none of {step + 1} samples in a row can be read: {self._blame()}")
+                self._refuse(sample, bad)
+            sample = self._skip_bad(sample)
+            members = next(self._members.read([sample], _kinds(view)))
+        self._accounting.good()
+        if view.size and len(self._is_read):
+            self._is_read[place] = True
+        return self._keep(place, found) if place < self._num_cached else found
 
-    def _bytes(self, sample: int, kind: int) -> bytes:
-        size = int(self.index.size[sample, kind])
-        if size > MAX_BYTES[kind]:
-            raise BadSample(_TOO_LARGE[kind], f"{size} bytes")
-        file = self._shard(int(self.index.shard[sample]))
-        data = os.pread(file.fileno(), size, int(self.index.offset[sample, kind]))
-        if zlib.crc32(data) != self.index.crc[sample, kind]:
-            raise BadSample("crc_mismatch", f"{self.index.name(sample)} changed since it was indexed")
-        return data
+    def _use(self, sample: int, members: tuple[Member, ...], view: _View) -> _Sample:
+        text, attributes, *image = (None if member is None else bytes(member) for member in members)
+        attributes = None if attributes is None else parse_json(attributes)
+        caption = self.caption(text, attributes, view.draw)
+        if view.size is None:
+            return _Sample(sample, text, attributes, caption, None)
+        picture = decode_image(image[0], *view.size, crop=view.crop, flip=view.flip, ground=self.ground)
+        self._accounting.add("decoded", 1)
+        return _Sample(sample, text, attributes, caption, picture)
 
-    def _shard(self, number: int) -> BinaryIO:
-        if number in self._shards:
-            self._shards.move_to_end(number)
-        else:
-            self._shards[number] = self.index.shards[number].open("rb", buffering=0)
-            if len(self._shards) > _MAX_OPEN_SHARDS:
-                self._shards.popitem(last=False)[1].close()
-        return self._shards[number]
+    def _keep(self, place: int, found: _Sample) -> _Sample:
+        if found.picture is not None:
+            if found.picture.pixels.shape != self._cache.shape[1:]:
+                return found
+            self._cache[place] = found.picture.pixels
+            found = found._replace(picture=found.picture._replace(pixels=self._cache[place]))
+        self._kept[place] = found
+        return found
 
-    def _count(self, ids: np.ndarray) -> None:
-        counts = np.bincount(self._code[ids], minlength=len(REASONS) + 1)
-        self._counts[self._row] += torch.from_numpy(counts)
-        self._window += counts
-        reads, bad = int(self._window.sum()), int(self._window[1:].sum())
-        if reads < _WINDOW_READS:
+    def _refuse(self, sample: int, bad: BadSample) -> None:
+        if sample in self._bad:  # met twice in one batch
             return
-        self._window[:] = 0
-        if bad > self.max_bad_fraction * reads:
-            raise ConfigError(
-                f"data: {bad} of the last {reads} samples could not be used: {self._blame()}. "
-                f"Repair the shards, or raise data.max_bad_fraction (now {self.max_bad_fraction})"
-            )
+        self._bad[sample] = bad.reason
+        offset = int(self.index.offset[sample].min())
+        self._accounting.refuse(bad, int(self.index.shard[sample]), self.index.key[sample].decode(), offset)
 
-    def _blame(self) -> str:
-        """The reasons, and the shard that has most of the bad samples."""
-        bad = np.flatnonzero(self._code)
-        reasons = Counter(REASONS[code - 1] for code in self._code[bad].tolist())
-        worst = self.index.shards[np.bincount(self.index.shard[bad]).argmax()]
-        return f"{', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}; most of them in {worst}"
-
-
-def _parse_json(data: bytes) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
-
-    try:
-        value = json.loads(data, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("bad_json", str(error)) from error
-    if not isinstance(value, dict):
-        raise BadSample("bad_json", "not an object")
-    return value
+    def _count(self, places: list[int], samples: list[_Sample]) -> None:
+        for place, sample in zip(places, samples):
+            if sample.shown != place:
+                reason = self._bad.get(place, "replaced_in_latents")
+                self._accounting.replaced(reason, int(self.index.shard[place]))
+        counts = self._members.storage.counts
+        for name in list(counts):
+            self._accounting.add(name, counts.pop(name))
+        self._accounting.read(len(places))
 
 
-def _to_float(pixels: np.ndarray) -> Tensor:
+def _kinds(view: _View) -> tuple[int, ...]:
+    return (CAPTION, JSON) if view.size is None else (CAPTION, JSON, IMAGE)
+
+
+def to_float(pixels: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last in memory, as the networks run."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)  # (B, 3, H, W)

@@ -1,36 +1,47 @@
-"""The endless training stream: walks the plan from a step, the same sequence at any number of DataLoader workers."""
+"""The endless training stream: walks the plan from a place, the same sequence at any number of DataLoader workers."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sdtrain.contracts import Batch
-from sdtrain.data.plan import Plan
+from sdtrain.data.plan import START, Cursor, Plan
 from sdtrain.data.reader import Reader
 from sdtrain.errors import ConfigError
 
+_OF_THE_SCHEDULER = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+
 
 class Stream(IterableDataset):
-    """One rank's micro-batches from a step on. Rank and world are given: a forkserver worker cannot know them.
+    """One rank's micro-batches from a place on. Rank and world are given: a forkserver worker cannot know them.
 
-    Micro-batch j goes to worker j mod W, and DataLoader takes from its workers in turn.
+    Micro-batch j goes to worker j mod W, and DataLoader takes from its workers in turn. Every worker plans for itself.
     """
 
     def __init__(
-        self, reader: Reader, plan: Plan, step: int = 0, rank: int = 0, world: int = 1, num_accumulate: int = 1
+        self,
+        reader: Reader,
+        plan: Plan,
+        cursor: Cursor = START,
+        rank: int = 0,
+        world: int = 1,
+        num_accumulate: int = 1,
     ) -> None:
-        self.reader, self.plan, self.step = reader, plan, step
+        self.reader, self.plan, self.cursor = reader, plan, cursor
         self.rank, self.world, self.num_accumulate = rank, world, num_accumulate
-        plan.micro_batches(
-            0, rank, world, num_accumulate
-        )  # refuses a batch that does not divide, before any worker starts
+        plan.check_split(world, num_accumulate)  # before any worker starts
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -44,42 +55,71 @@ class Stream(IterableDataset):
             yield error  # raised by Loader, in the main process, without the wrapping of DataLoader's own
 
     def _micro_batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
-        step, number = self.step, 0
-        while True:
+        number = 0
+        for step, after in self.plan.walk(self.cursor):
             parts = self.plan.micro_batches(step, self.rank, self.world, self.num_accumulate)
-            step += 1
-            for place, (ids, epochs) in enumerate(parts):
+            for place, part in enumerate(parts):
                 if number % num_workers == worker:
-                    batch = self.reader.batch(ids, epochs)
-                    batch["cursor"] = self.plan.state(step)
+                    batch = self.reader.batch(part.ids, part.epochs, part.size)
+                    batch["cursor"] = after
                     batch["last_micro_of_step"] = place == len(parts) - 1
                     yield batch
                 number += 1
 
 
 class Loader(DataLoader):
-    """A DataLoader over a Stream, which makes the batches itself."""
+    """A DataLoader over a Stream, which makes the batches itself.
 
-    def __init__(self, stream: Stream, num_workers: int = 0) -> None:
+    Args:
+        stream: a rank's.
+        num_workers: processes that read ahead; any number gives the same batches.
+        start_method: how they start: "fork", "forkserver" or "spawn"; None: as the platform does.
+    """
+
+    def __init__(self, stream: Stream, num_workers: int = 0, start_method: str | None = None) -> None:
         super().__init__(
             stream,
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_as_it_is,
             worker_init_fn=_obey_only_the_parent,
+            multiprocessing_context=start_method if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
+        if self.num_workers and self._start_method() != "fork":
+            with _signals_held():
+                resource_tracker.ensure_running()  # which lets SIGTERM through again, so it may not start below
+        with _signals_held():
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, ConfigError):
                 raise batch
             yield batch
 
+    def _start_method(self) -> str:
+        return (self.multiprocessing_context or multiprocessing).get_start_method()
+
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started inside are born with the scheduler's signals blocked: workers, before they can refuse them, and
+    the fork server, whose end would be theirs. What comes for this process meanwhile is delivered afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_SCHEDULER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _obey_only_the_parent(_worker: int) -> None:
@@ -87,14 +127,16 @@ def _obey_only_the_parent(_worker: int) -> None:
 
     So they ignore it, unless it is the parent that ends them.
     """
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _OF_THE_SCHEDULER:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
 def _end_with_the_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process().pid  # the one that asked for this worker; getppid() is the fork server's
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

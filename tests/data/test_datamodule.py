@@ -1,15 +1,23 @@
 """The data module: splits, the cursor through a real Lightning fit, refusals."""
 
+import functools
+import io
+import json
+
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 
+from sdtrain.config import load_config
+from sdtrain.data.bucket import Buckets
 from sdtrain.data.datamodule import ShardDataModule
+from sdtrain.data.reader import Reader
 from sdtrain.errors import ConfigError
 
 
-def module(folder, batch_size=8, num_accumulate=1, seed=3, **options):
-    data = ShardDataModule(str(folder), image_size=16, **options)
+def module(folder=None, batch_size=8, num_accumulate=1, seed=3, image_size=16, **options):
+    data = ShardDataModule(folder and str(folder), image_size=image_size, **options)
     data.connect(seed, batch_size, num_accumulate)
     return data
 
@@ -62,6 +70,169 @@ def test_half_and_resume_is_the_whole(tmp_path, make_shards, num_workers, num_ac
     assert torch.equal(rest.weight, whole.weight)
 
 
+def global_batches(data, num_steps, num_accumulate, world=1, cursor=None):
+    """The sample ids and epochs that all ranks of a run together are given, and the last cursor."""
+    found = []
+    for rank in range(world):
+        data._place = lambda rank=rank: (rank, world)
+        data.connect(3, 8, num_accumulate)
+        if cursor:
+            data.load_state_dict(cursor)
+        batches = iter(data.train_dataloader())
+        found.append([[next(batches) for _ in range(num_accumulate)] for _ in range(num_steps)])
+    data.advance(found[0][-1][-1]["cursor"])
+    ids = [
+        [(i, e) for b in sum(step, []) for i, e in zip(b["sample_id"].tolist(), b["epoch"].tolist())]
+        for step in zip(*found)
+    ]
+    return ids, data.state_dict()
+
+
+def png_of(width, height):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def wide(make_shards, make_sample):
+    sides = [(32, 32), (40, 24), (24, 40), (96, 24), (36, 36)]
+    return make_shards([make_sample(n, png=png_of(*sides[n % 5])) for n in range(60)], per_shard=13, name="wide")[
+        0
+    ].parent
+
+
+def test_buckets_from_the_index_and_resumed_on_another_world(wide, capsys):
+    def new(num_accumulate):
+        return module(
+            wide, image_size=32, buckets=Buckets(step=8, max_upscale=1.4), val=0.1, num_accumulate=num_accumulate
+        )
+
+    data = new(4)
+    assert sum(data.splits.values()) == 60 - data.accounting()["rejected/ratio"]
+    assert "pictures have no bucket and are left out" in capsys.readouterr().out
+    whole, _ = global_batches(data, 9, 4)
+    first, state = global_batches(new(4), 4, 4)
+    assert state["buckets.cell"] == 2
+    second, state = global_batches(new(2), 3, 2, world=2, cursor=json.loads(json.dumps(state)))
+    third, _ = global_batches(new(1), 2, 1, world=8, cursor=json.loads(json.dumps(state)))
+    assert first + second + third == whole
+    shapes = {tuple(batch["image"].shape[2:]) for _, batch in zip(range(24), new(4).train_dataloader())}
+    assert len(shapes) == 3
+    counts = data.accounting()
+    assert counts["rejected/ratio"] > 0
+    assert sum(count for name, count in counts.items() if name.startswith("bucket/")) == data.num_train
+    assert counts["epoch"] > 0
+
+
+def test_buckets_that_cannot_be_split_so(wide):
+    data = module(wide, image_size=32, buckets=Buckets(step=8, max_upscale=1.4, cell=4))
+    with pytest.raises(ConfigError, match=r"with 1 ranks num_accumulate may be one of \[2, 4, 8\]"):
+        data.train_dataloader()
+    with pytest.raises(ConfigError, match="no picture has a bucket"):
+        module(wide, image_size=256, buckets=Buckets(step=64)).setup()
+
+
+@pytest.mark.parametrize("change", [{"buckets": Buckets(step=8)}, {"reader": functools.partial(Reader, flip=True)}])
+def test_latents_of_one_square_are_no_substitute_for_others(make_shards, change):
+    data = module(make_shards(21)[0].parent, **change)
+    if "buckets" in change:
+        data.buckets.max_upscale = None
+    with pytest.raises(ConfigError, match="cache_latents=false"):
+        data.attach_latents("train", torch.zeros(data.num_train, 2, 4, 2, 2))
+
+
+def test_training_alone_is_cropped_at_random(wide):
+    data = module(wide, image_size=24, reader=functools.partial(Reader, crop="random", flip=True))
+    crops = [(data._reader(split).crop, data._reader(split).flip) for split in ("train", "val")]
+    assert crops == [("random", True), ("center", False)]
+    assert data._reader("train").seed == 3
+
+
+@pytest.fixture
+def two_sources(make_shards, make_sample):
+    """Sources of 24 and 8 samples; the first one's metadata say how good a sample is."""
+    first = make_shards([make_sample(n) for n in range(24)], per_shard=10, name="first")
+    second = make_shards([make_sample(n) for n in range(100, 108)], name="second")
+
+    def sources(first_weight="0.7", second_weight="0.3", **options):
+        return {
+            "first": {"shards": [str(path) for path in first], "weight": first_weight, **options},
+            "second": {"shards": str(second[0]), "weight": second_weight},
+        }
+
+    return sources
+
+
+def own_val(make_shards):
+    return str(make_shards(2, name="val")[0])
+
+
+def test_sources_are_mixed_by_weight_and_their_weights_can_change(two_sources, make_shards, capsys):
+    val = own_val(make_shards)
+    before = module(sources=two_sources(), val=val)
+    assert before.splits == {"train": 32, "val": 2}
+    ids, state = global_batches(before, 40, 1)
+    share = sum(sample < 24 for step in ids for sample, _ in step) / 320
+    assert abs(share - 0.7) < 0.02
+    assert before.accounting()["epoch/first"] == pytest.approx(320 * 0.7 / 24, abs=0.5)
+    after = module(sources=two_sources("0.25", "0.75"), val=val)
+    rest, last = global_batches(after, 40, 1, cursor=json.loads(json.dumps(state)))
+    assert "data: other weights (first 1/4, second 3/4) from block 10 on" in capsys.readouterr().out
+    assert abs(sum(sample < 24 for step in rest[8:] for sample, _ in step) / 256 - 0.25) < 0.03
+    taken = [ref for step in ids + rest for ref in step]
+    assert len(set(taken)) == len(taken)
+    global_batches(after, 1, 1, cursor=last)
+    assert "other weights" not in capsys.readouterr().out
+    other = two_sources()
+    other["third"] = other.pop("second")
+    with pytest.raises(ConfigError, match="^data.fingerprint"):
+        module(sources=other, val=val).load_state_dict(state)
+
+
+def test_source_with_a_filter(two_sources, make_shards, capsys):
+    data = module(sources=two_sources(filter=["width >= 16", "caption_length > 9"]), val=own_val(make_shards))
+    assert data.splits["train"] == 14 + 8  # "picture 9" has nine characters
+    assert data.accounting()["filtered/caption_length > 9"] == 10
+    assert "data.sources.first.filter: 'caption_length > 9' takes out 10" in capsys.readouterr().out
+    unfiltered = module(sources=two_sources(), val=own_val(make_shards))
+    assert data.fingerprint != unfiltered.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weight": "much"}, "first.weight: 'much' is no number"),
+        ({"weight": "1/0"}, "first.weight: '1/0' is no number"),
+        ({"weight": "-1"}, "first.weight: -1 is less than 0"),
+        ({"shards": None}, "first: shards are missing"),
+        ({"wieght": "1"}, r"first: unknown \['wieght'\]"),
+        ({"shards": "nowhere.tar"}, "first.shards: no shard matches"),
+        ({"filter": ["beauty > 3"]}, "first.filter: .*beauty"),
+    ],
+)
+def test_faults_of_sources(two_sources, change, said):
+    sources = two_sources()
+    sources["first"].update(change)
+    with pytest.raises(ConfigError, match=f"^data.sources.{said}"):
+        module(sources=sources).setup()
+
+
+def test_shards_or_sources(two_sources):
+    for given in ({"sources": two_sources(), "folder": "x"}, {}):
+        with pytest.raises(ConfigError, match="set one of data.shards and data.sources"):
+            module(**given)
+    with pytest.raises(ConfigError, match="no source has a weight above 0"):
+        module(sources=two_sources("0", "0"))
+
+
+@pytest.mark.parametrize(
+    "typed", [["data=bucket", "data.shards=tests"], ["data=sources", "data.sources={a: {shards: tests}}"]]
+)
+def test_configurations_pass_the_preflight(typed, tmp_path):
+    load_config([*typed, f"output_dir={tmp_path}", "data.start_method=spawn", "data.reader.crop=random"])
+
+
 def test_two_fits_of_one_module_each_start_at_step_0(make_shards):
     data = module(make_shards(21)[0].parent)
     first, _ = fit(data, 3)
@@ -78,7 +249,7 @@ def test_fewer_pictures_than_a_batch(make_shards):
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"seed": 4}, "seed"), ({"batch_size": 4}, "global_batch"), ({"val_fraction": 0.5}, "fingerprint")],
+    [({"seed": 4}, "seed"), ({"batch_size": 4}, "global_batch"), ({"val": 0.5}, "fingerprint")],
 )
 def test_state_of_another_order_is_refused(make_shards, change, field):
     folder = make_shards(21)[0].parent
@@ -96,18 +267,16 @@ def test_state_restored_after_the_loader_was_built(make_shards):
 
 def test_validation_split(make_shards):
     folder = make_shards(100, per_shard=30)[0].parent
-    data = module(folder, val_fraction=0.2)
+    data = module(folder, val=0.2)
     assert data.splits == {"train": 80, "val": 20}
     captions = data.captions("train"), data.captions("val")
     assert len(set(captions[0]) | set(captions[1])) == 100
-    again = module(folder, val_fraction=0.2)
+    again = module(folder, val=0.2)
     assert again.captions("val") == captions[1]
     # other shards of the same samples have the same split
     for path in folder.iterdir():
         path.unlink()
-    assert set(module(make_shards(100, per_shard=9, name="y")[0].parent, val_fraction=0.2).captions("val")) == set(
-        captions[1]
-    )
+    assert set(module(make_shards(100, per_shard=9, name="y")[0].parent, val=0.2).captions("val")) == set(captions[1])
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, (1, 1)), (3, (2, 1)), (10, (9, 1)), (50, (48, 2))])
@@ -127,7 +296,7 @@ def test_one_picture_is_both(make_shards, capsys):
 def test_own_validation_shards(make_shards, make_sample):
     val = make_shards([make_sample(number) for number in range(100, 104)], name="val")
     train = make_shards(6, name="train")
-    data = module(train[0], val_shards=[str(val[0])])
+    data = module(train[0], val=[str(val[0])])
     assert data.splits == {"train": 6, "val": 4}
     assert data.captions("val") == [f"picture {number}" for number in range(100, 104)]
 
@@ -177,16 +346,17 @@ def test_bad_samples_are_accounted_for(make_shards, make_sample):
     data = module(folder)
     for split, count in data.splits.items():
         data.load(split, range(count))
-    assert data.accounting() == {"read": 21, "replaced": 1, "replaced/not_an_image": 1}
+    counts = data.accounting()
+    assert (counts["read"], counts["decoded"], counts["replaced"], counts["replaced/not_an_image"]) == (21, 21, 1, 1)
 
 
 def test_faults_of_the_configuration(tmp_path, make_shards, make_sample):
     with pytest.raises(ConfigError, match=r"^data.shards: no shard matches '.*nowhere/\*.tar'"):
         module(tmp_path / "nowhere/*.tar").setup()
-    with pytest.raises(ConfigError, match=r"^data.val_shards: no shard matches"):
-        module(make_shards(3)[0], val_shards=str(tmp_path / "nowhere")).setup()
-    with pytest.raises(ConfigError, match="val_fraction"):
-        module(tmp_path, val_fraction=1.5)
+    with pytest.raises(ConfigError, match=r"^data.val: no shard matches"):
+        module(make_shards(3)[0], val=str(tmp_path / "nowhere")).setup()
+    with pytest.raises(ConfigError, match="val"):
+        module(tmp_path, val=1.5)
     with pytest.raises(ConfigError, match="no sample with an image"):
         module(make_shards([make_sample(0, png=None)], name="z")[0]).setup()
     with pytest.raises(ConfigError, match="no split 'heldout'; there are train, val"):

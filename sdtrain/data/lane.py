@@ -1,0 +1,257 @@
+"""Samples of shards that nobody has indexed, in lanes: each goes through its part of the shards, and never ends.
+
+All lanes together take the shards of epoch 0, permuted, then those of epoch 1, and on: lane l of L the places l, l + L,
+l + 2 L. A lane waits for no other, so every rank has as many batches as it asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sdtrain.contracts import Batch
+from sdtrain.data.accounting import Accounting
+from sdtrain.data.address import shown
+from sdtrain.data.attributes import parse_json
+from sdtrain.data.bad_sample import BadSample
+from sdtrain.data.caption import CaptionRule
+from sdtrain.data.decode import Decoded, decode_image
+from sdtrain.data.layout import CAPTION, IMAGE, JSON
+from sdtrain.data.one_pass import Losses, Raw, read_shard
+from sdtrain.data.order import permutation
+from sdtrain.data.reader import to_float
+from sdtrain.data.retry import Retry
+from sdtrain.data.shard_index import Shard
+from sdtrain.errors import ConfigError
+from sdtrain.ops.random import Draw
+
+_MAX_IN_A_ROW = 10  # shards without a single sample
+_AT_ONCE = 32  # samples whose random numbers are drawn together
+
+
+class Placed(NamedTuple):
+    """A sample, the shard it stands in, and the place of that shard in the endless order."""
+
+    raw: Raw
+    shard: int
+    place: int
+
+
+class Usable(NamedTuple):
+    """A sample that can be trained on."""
+
+    placed: Placed
+    picture: Decoded
+    caption: str
+    attributes: dict[str, Any] | None
+    sample_id: int
+    epoch: int
+
+
+class Lanes:
+    """Reads a split's shards in lanes. Crop, flip and the choice among captions are drawn as `Reader` draws them.
+
+    Args:
+        addresses: of the shards.
+        image_size: pictures are made square of this side, in pixels.
+        num_workers: DataLoader workers that will count into the accounting.
+        crop: what stands out of the square is cut "center" or at "random".
+        flip: mirror half of the pictures.
+        ground: what is seen through transparent pixels, as RGB.
+        caption: which caption is told; None: the .txt member as it is.
+        shuffle_samples: a lane chooses its next sample among so many, which it holds as they stand in the shard.
+        max_bad_fraction: more bad samples than this among the last 10,000 end the run.
+        retry: of a transfer that breaks.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        image_size: int,
+        num_workers: int = 0,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = False,
+        ground: tuple[int, int, int] = (255, 255, 255),
+        caption: CaptionRule | None = None,
+        shuffle_samples: int = 1000,
+        max_bad_fraction: float = 0.01,
+        retry: Retry | None = None,
+    ) -> None:
+        if crop not in ("center", "random"):
+            raise ConfigError(f"data.reader.crop={crop!r} is none of 'center', 'random'")
+        if shuffle_samples < 1:
+            raise ConfigError(f"data.reader.shuffle_samples: {shuffle_samples}; give 1 for the order of the shards")
+        self.shards, self.image_size = [Shard(address, 0, "") for address in addresses], image_size
+        self.crop, self.flip, self.ground, self.seed = crop, flip, tuple(ground), 0
+        self.caption, self.shuffle_samples, self.retry = caption or CaptionRule(), shuffle_samples, retry or Retry()
+        self.accounting = Accounting(self.shards, 1 << 62, num_workers, max_bad_fraction)
+        self.losses = Losses(num_workers)
+
+    def enter_worker(self, worker: int) -> None:
+        """From here on this is the copy of a DataLoader worker: counts and files of its own."""
+        self.accounting.enter_worker(worker)
+        self.losses.enter_worker(worker)
+
+    def endless(self, lane: int, num_lanes: int, start: int = 0) -> Iterator[Usable]:
+        """A lane's samples, through webdataset's pipeline; the lanes together begin with place `start` of the order."""
+        os.environ["WDS_SECURE"] = "1"  # read at import: no pipes, no pickles
+        import webdataset
+
+        chooser = random.Random(f"{self.seed}/{lane}/{num_lanes}/{start}")
+        shards = partial(self._walk, start + lane, num_lanes)
+        return iter(webdataset.DataPipeline(shards, webdataset.shuffle(self.shuffle_samples, rng=chooser), self.usable))
+
+    def once(self) -> Iterator[Usable]:
+        """Every sample, each once, in the order of epoch 0."""
+        return self.usable(placed for place in range(len(self.shards)) for placed in self._at(place))
+
+    def usable(self, samples: Iterator[Placed]) -> Iterator[Usable]:
+        """What can be trained on; the rest is counted and recorded, and the next takes its place."""
+        while chunk := list(islice(samples, _AT_ONCE)):
+            for view in self._views(chunk):
+                try:
+                    found = self._use(*view)
+                except BadSample as bad:
+                    placed = view[0]
+                    self.accounting.replaced(bad.reason, placed.shard)
+                    self.accounting.refuse(bad, placed.shard, placed.raw.key, placed.raw.offset)
+                else:
+                    self.accounting.good()
+                    yield found
+
+    def batch(self, samples: Sequence[Usable]) -> Batch:
+        """Their micro-batch."""
+        self.accounting.read(len(samples))
+        image = to_float(np.stack([sample.picture.pixels for sample in samples]))
+        return {
+            "image": image,
+            "caption": [sample.caption for sample in samples],
+            "attributes": [sample.attributes for sample in samples],
+            "key": [self._name(sample.placed) for sample in samples],
+            "sample_id": torch.tensor([sample.sample_id for sample in samples]),
+            "epoch": torch.tensor([sample.epoch for sample in samples]),
+            "original_size": torch.tensor([sample.picture.original_size for sample in samples]),  # (B, 2)
+            "crop_top_left": torch.tensor([sample.picture.crop_top_left for sample in samples]),  # (B, 2)
+            "target_size": torch.tensor([image.shape[2:]] * len(samples)),  # (B, 2)
+        }
+
+    def report(self) -> dict[str, int]:
+        """What was read, replaced and lost, by reason, in this process and its workers."""
+        return self.accounting.report() | self.losses.report()
+
+    def _walk(self, place: int, step: int) -> Iterator[Placed]:
+        num_empty = 0
+        while True:
+            num_empty += 1
+            for placed in self._at(place):
+                num_empty = 0
+                yield placed
+            if num_empty >= min(_MAX_IN_A_ROW, len(self.shards)):
+                last = shown(self.shards[self._shard(place)].address)
+                raise ConfigError(f"data: {num_empty} shards in a row have no sample, {last} last; see the lines above")
+            place += step
+
+    def _at(self, place: int) -> Iterator[Placed]:
+        """The samples of the shard at a place of the endless order."""
+        shard = self._shard(place)
+        for raw in read_shard(self.shards[shard].address, self.losses, self.retry):
+            yield Placed(raw, shard, place)
+
+    def _shard(self, place: int) -> int:
+        epoch, place = divmod(place, len(self.shards))
+        return int(permutation(len(self.shards), f"{self.seed}/sequential", 0, epoch)[place])
+
+    def _views(self, chunk: list[Placed]) -> list[tuple[Placed, int, int, tuple[float, float], bool, float]]:
+        """With each sample its number, its epoch, and the crop, flip and choice among captions that are drawn for it:
+        functions of the two.
+        """
+        digests = [hashlib.blake2b(self._name(placed).encode(), digest_size=8).digest() for placed in chunk]
+        ids = [int.from_bytes(digest, "little") >> 1 for digest in digests]
+        epochs = [placed.place // len(self.shards) for placed in chunk]
+        draw = Draw(self.seed, torch.tensor(ids), torch.tensor(epochs))
+        crops, flips = [(0.5, 0.5)] * len(chunk), [False] * len(chunk)
+        if self.crop == "random":
+            crops = [tuple(place) for place in draw.uniform("crop", (2,)).tolist()]
+        if self.flip:
+            flips = (draw.uniform("flip") < 0.5).tolist()
+        return list(zip(chunk, ids, epochs, crops, flips, draw.uniform("caption").tolist()))
+
+    def _use(
+        self, placed: Placed, sample_id: int, epoch: int, crop: tuple[float, float], flip: bool, draw: float
+    ) -> Usable:
+        raw = placed.raw
+        if raw.fault:
+            raise BadSample(raw.fault)
+        attributes = None if raw.members[JSON] is None else parse_json(raw.members[JSON])
+        caption = self.caption(raw.members[CAPTION], attributes, draw)
+        size = (self.image_size, self.image_size)
+        picture = decode_image(raw.members[IMAGE], *size, crop=crop, flip=flip, ground=self.ground)
+        self.accounting.add("decoded", 1)
+        return Usable(placed, picture, caption, attributes, sample_id, epoch)
+
+    def _name(self, placed: Placed) -> str:
+        return f"{self.shards[placed.shard].stem}/{placed.raw.key}"
+
+
+class LaneStream(IterableDataset):
+    """One rank's micro-batches, endlessly. Rank and world are given: a forkserver worker cannot know them.
+
+    Args:
+        lanes: of the training split.
+        micro_batch_size: samples in each.
+        num_accumulate: micro-batches in an optimizer step.
+        step: optimizer steps that are done.
+        start: the place of the endless order that the lanes begin with.
+    """
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        micro_batch_size: int,
+        num_accumulate: int = 1,
+        step: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.lanes, self.micro_batch_size, self.num_accumulate = lanes, micro_batch_size, num_accumulate
+        self.step, self.start, self.rank, self.world = step, start, rank, world
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        if info is None:
+            yield from self._micro_batches(0, 1)
+            return
+        self.lanes.enter_worker(info.id)
+        try:
+            yield from self._micro_batches(info.id, info.num_workers)
+        except ConfigError as error:
+            yield error  # raised by Loader, in the main process, without the wrapping of DataLoader's own
+
+    def _micro_batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+        """Micro-batch j comes from worker j mod W. The cursor says where to begin when the step is done: past the
+        shards that this lane has begun, and the others, which are about as far.
+        """
+        num_lanes = self.world * num_workers
+        samples = self.lanes.endless(self.rank * num_workers + worker, num_lanes, self.start)
+        number, newest = worker, self.start
+        while True:
+            part = list(islice(samples, self.micro_batch_size))
+            newest = max(newest, *(sample.placed.place for sample in part))
+            batch = self.lanes.batch(part)
+            batch["cursor"] = {
+                "step": self.step + number // self.num_accumulate + 1,
+                "place": self.start + ((newest - self.start) // num_lanes + 1) * num_lanes,
+            }
+            batch["last_micro_of_step"] = number % self.num_accumulate == self.num_accumulate - 1
+            yield batch
+            number += num_workers
