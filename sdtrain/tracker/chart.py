@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 36
 MAX_POINTS = 300
 NUM_COLOURS = 8
+SMOOTHING = 10  # of 600: the share of a line that a running mean reaches to each side, where the slider begins
+MIN_SMOOTHED = 20  # points; fewer are shown as they are
 LOG_RATIO = 15  # values that span more than this are drawn on a logarithmic axis, where one is allowed
 
 Point = tuple[float, float]
@@ -53,20 +55,26 @@ def line_chart(
     title: str, series: list[Series], unit: str = "", may_be_log: bool = False, from_zero: bool = False
 ) -> str:
     """A <figure> of the series over the step, or nothing where no series has two points."""
+    raw = {s.name: averaged(s.points) for s in series if s.is_faint}
+    colours = _colours(series)  # also of those that are not drawn, so that a run has one colour in all charts
     series = [Series(s.name, thin(s.points), s.is_faint) for s in series if len(s.points) > 1]
     if not series:
         return ""
     x_axis, y_axis = _axes(series, may_be_log, from_zero)
-    colours = _colours(series)
     marks = "".join(_path(s, x_axis, y_axis, colours[s.name]) for s in series)
     shown = [s for s in series if not s.is_faint] or series
-    data = [{"name": s.name, "colour": colours[s.name], "points": [[x, _short(y)] for x, y in s.points]} for s in shown]
+    data = [
+        {"name": s.name, "colour": colours[s.name], "points": _shorts(s.points)}
+        | ({"raw": _shorts(raw[s.name])} if s.name in raw else {})
+        for s in shown
+    ]
+    y_numbers = [y_axis.low, y_axis.high, y_axis.start, y_axis.end, y_axis.is_log]
     legend = ""
     if len(shown) > 1:
         legend = "".join(f'<span><i class="k{colours[s.name]}"></i>{escape(s.name)}</span>' for s in shown)
     label = f"{title} ({unit})" if unit else title
     return (
-        f'<figure class="chart" data-low="{x_axis.low:g}" data-high="{x_axis.high:g}"'
+        f'<figure class="chart" data-low="{x_axis.low:g}" data-high="{x_axis.high:g}" data-y="{json.dumps(y_numbers)}"'
         f' data-series="{escape(json.dumps(data))}">'
         f"<figcaption><b>{escape(title)}</b> <span>{escape(unit)}</span><output></output></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)} over steps">'
@@ -74,6 +82,28 @@ def line_chart(
         f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
         f'<div class="legend">{legend}</div></figure>'
     )
+
+
+def smoothed(series: Series) -> list[Series]:
+    """A long line as its smoothed self with the raw values faint behind it, a short one as it is."""
+    if len(series.points) < MIN_SMOOTHED:
+        return [series]
+    return [Series(series.name, series.points, is_faint=True), Series(series.name, smooth(series.points))]
+
+
+def smoothing_slider(charts: str) -> str:
+    """For the smoothed lines among the charts, which stand in one section with it; nothing where there are none."""
+    if 'class="faint' not in charts:
+        return ""
+    slider = f'<input type="range" min="0" max="60" value="{SMOOTHING}" aria-label="smoothing of the curves">'
+    return f'<label class="smoothing">smoothing{slider}</label>'
+
+
+def averaged(points: list[Point], max_points: int = MAX_POINTS) -> list[Point]:
+    """At most so many points, each the mean of as many neighbours: what a running mean may be taken of."""
+    size = -(-len(points) // max_points) if points else 1
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [tuple(sum(values) / len(part) for values in zip(*part, strict=True)) for part in parts]
 
 
 def smooth(points: list[Point]) -> list[Point]:
@@ -165,12 +195,12 @@ def _colours(series: list[Series]) -> dict[str, int]:
     return {name: index % NUM_COLOURS for index, name in enumerate(names)}
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+def _shorts(points: list[Point]) -> list[list[float]]:
+    return [[x, float(f"{y:.5g}")] for x, y in points]
 
 
 def _running_mean(points: list[Point]) -> list[Point]:
-    reach = max(1, len(points) // 60)
+    reach = max(1, len(points) * SMOOTHING // 600)
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)

@@ -55,7 +55,7 @@ def caption_match_tables(summary: Mapping[str, Any]) -> str:
         "model made. Ceiling: real held-out pictures. Reconstruction: the same through the autoencoder. Floor: "
         "shuffled captions. In the bar: the model filled, ceiling and floor as marks."
     )
-    return f'<p class="note">{note}</p><div class="columns">{"".join(tables)}</div>'
+    return f'<p class="note">{note}</p><div class="columns wide">{"".join(tables)}</div>'
 
 
 def key_values(title: str, values: Mapping[str, Any]) -> str:

@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from sdtrain.tracker.gallery import MAX_PICTURES
 from sdtrain.tracker.jsonl import JsonlTracker
-from sdtrain.tracker.report import MAX_PICTURES, write_report
+from sdtrain.tracker.report import write_report
 
 VOID = {"meta", "input", "img", "br", "line", "circle"}
 
