@@ -79,6 +79,39 @@ class DiffusionConfig:
 
 
 @dataclass
+class JobConfig:
+    """What one stage's job asks for in place of the run's."""
+
+    num_nodes: int | None = None
+    time_minutes: int | None = None
+
+
+@dataclass
+class ClusterConfig:
+    """What a Slurm job asks for and how it starts, read by slurm/submit.py; configs/cluster/slurm.yaml explains."""
+
+    time_minutes: int = MISSING
+    max_step_seconds: int = MISSING
+    max_save_seconds: int = MISSING
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    gpu_type: str | None = None
+    cpus_per_task: int = MISSING
+    memory: str | None = None
+    lines: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
+    srun: list[str] = field(default_factory=list)
+    container: list[str] = field(default_factory=list)
+    python: str | None = None
+    master_address: str | None = None
+    autoencoder: JobConfig = field(default_factory=JobConfig)
+    diffusion: JobConfig = field(default_factory=JobConfig)
+
+
+@dataclass
 class RunConfig:
     """The root: the run, the machine, the parts, the two stages, where numbers go. train.yaml gives the values."""
 
@@ -101,6 +134,7 @@ class RunConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     tracker: Any = MISSING
+    cluster: ClusterConfig | None = None
 
 
 ROOT_KEYS = tuple(f.name for f in fields(RunConfig))

@@ -20,10 +20,12 @@ from sdtrain.tracker.redact import without_secrets
 ALLOWED = re.compile(
     r"(name|output_dir|stages|resume|accelerator|devices|num_nodes|strategy|tracker|cluster)\b.*"
     r"|(autoencoder|diffusion)(\.recognition)?\.(callback|metric|strategy|compile|trainer\.(max_steps|num_accumulate))\b.*"
-    r"|.*\b(\w*every_\w+|num_workers|cache_bytes|max_bad_fraction|gradient_checkpointing)|data\.root"
+    r"|.*\b(\w*every_\w+|num_workers|start_method|cache_bytes|cache_dir|cache_shard_bytes|max_bad_fraction"
+    r"|gradient_checkpointing)|data\.root"
 )
 WARNED = re.compile(
     r"precision|(autoencoder|diffusion)(\.recognition)?\.(optim|callback\.ema|precision|trainer\.clip_norm)\b.*"
+    r"|data\.sources\.[^.]+\.weight"  # from the next block of the plan on
 )
 
 
@@ -49,6 +51,13 @@ class Differences(NamedTuple):
 def resolve_and_redact(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain values to write down, without secrets."""
     return without_secrets(OmegaConf.to_container(cfg, resolve=True))
+
+
+def write_config(directory: Path, cfg: DictConfig) -> None:
+    """DIR/config.yaml, in one piece: another rank may be reading it."""
+    part = directory / "config.yaml.tmp"
+    part.write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
+    part.replace(directory / "config.yaml")
 
 
 def config_hash(cfg: DictConfig) -> str:

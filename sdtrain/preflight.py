@@ -21,8 +21,9 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 RESUMES = ("auto", "must", "never")
 # Keys of parts that name what must be there before a run. The perceptual loss says itself which files it wants.
-SOURCES = {"data.shards", "data.val_shards", "first_stage.weights", "model.weights"}
+SOURCES = {"data.shards", "data.val", "first_stage.weights", "model.weights"}
 LEAST_FREE_BYTES = 64 * 2**20
+SHARDING, SHARDED = "sdtrain.strategy.deepspeed.DeepSpeed", "sdtrain.optim.adamw.AdamW"
 
 
 def check(cfg: DictConfig) -> None:
@@ -36,6 +37,7 @@ def check(cfg: DictConfig) -> None:
         section = OmegaConf.select(cfg, path)
         if section is not None:
             check_trainer(resolved, path, OmegaConf.to_container(section, resolve=True))
+            check_sharding(resolved, path, OmegaConf.to_container(section, resolve=True))
     check_objectives(resolved)
     for path, node in parts(resolved):
         check_node(path, node)
@@ -105,14 +107,19 @@ def check_trainer(cfg: dict[str, Any], stage: str, section: dict[str, Any]) -> N
     for key in ("max_steps", "batch_size", "num_accumulate"):
         if trainer[key] < 1:
             raise ConfigError(f"{stage}.trainer.{key}={trainer[key]} must be at least 1")
-    counts = [cfg[key] for key in ("devices", "num_nodes") if isinstance(cfg[key], int)]
+    job = (cfg["cluster"] or {}).get(stage.partition(".")[0]) or {}
+    counts = [count for count in (cfg["devices"], job.get("num_nodes") or cfg["num_nodes"]) if isinstance(count, int)]
     portions = trainer["num_accumulate"]
     for count in counts:
         portions *= count
-    if trainer["batch_size"] % portions:
+    size = trainer["batch_size"]
+    if size % portions:
+        others = portions // cfg["devices"] if isinstance(cfg["devices"], int) else portions
+        legal = ", ".join(str(n) for n in range(1, size // others + 1) if size % (n * others) == 0)
         raise ConfigError(
-            f"{stage}.trainer.batch_size={trainer['batch_size']} is the global batch: it must be a multiple of"
+            f"{stage}.trainer.batch_size={size} is the global batch: it must be a multiple of"
             f" {portions} (devices x num_nodes x {stage}.trainer.num_accumulate)"
+            + (f"; with this batch devices may be {legal}" if legal else "")
         )
     precision = section["precision"] or cfg["precision"]
     key = f"{stage}.precision" if section["precision"] else "precision"
@@ -120,6 +127,26 @@ def check_trainer(cfg: dict[str, Any], stage: str, section: dict[str, Any]) -> N
         raise ConfigError(f"{key}={precision} is none of {', '.join(PRECISIONS)}{nearest(precision, set(PRECISIONS))}")
     if precision == "16-mixed" and cfg["accelerator"] == "cpu":
         raise ConfigError(f"{key}=16-mixed does not exist on a CPU; write {key}=bf16-mixed or {key}=32-true")
+
+
+def check_sharding(cfg: dict[str, Any], stage: str, section: dict[str, Any]) -> None:
+    """What DeepSpeed cannot cut into pieces is refused before a stage is trained."""
+    strategy = section["strategy"] or cfg["strategy"]
+    if strategy["_target_"] != SHARDING or stage.partition(".")[0] not in cfg["stages"]:
+        return
+    key = stage.partition(".")[0] if section["strategy"] else ""
+    spelled = f"strategy@{key}.strategy" if key else "strategy"
+    if strategy["zero_stage"] == 3 and stage != "diffusion":
+        raise ConfigError(
+            f"{spelled}: ZeRO-3 is for stage 2 alone, since stage 1's adversary is used with its weights detached;"
+            " write strategy=deepspeed_zero2 +strategy@diffusion.strategy=deepspeed_zero3"
+        )
+    if section["optim"]["_target_"] != SHARDED:
+        name = section["optim"]["_target_"].rpartition(".")[2]
+        raise ConfigError(
+            f"{stage}.optim: DeepSpeed cuts weights into pieces, and {name} needs them whole;"
+            f" write optim@{stage}.optim=adamw, or strategy=ddp"
+        )
 
 
 def check_slots(schema: type, values: dict[str, Any], path: str = "") -> None:

@@ -18,7 +18,7 @@ from sdtrain.ops.compile import compile_regions
 from sdtrain.session import Session, barrier
 from sdtrain.stage.autoencoder import AutoencoderStage
 from sdtrain.stage.diffusion import DiffusionStage
-from sdtrain.stage.latents import cache_latents, measure_latents
+from sdtrain.stage.latents import cache_latents, check_latents, has_latents, measure_latents
 from sdtrain.stage.recognition import RecognitionStage, vocabulary
 from sdtrain.tracker.report import write_report
 
@@ -74,6 +74,8 @@ def run_autoencoder(session: Session) -> None:
         metric=build_all(section.metric),
     )
     data = session.data(section)
+    if has_latents(data):
+        raise ConfigError("data: stage 1 trains on pictures, and these are latents; write stages=[diffusion]")
     summary = session.fit(stage, data, section)
     with stage.averaged_weights():
         manifest = measure_latents(first_stage, data)
@@ -135,10 +137,29 @@ def run_diffusion(session: Session) -> None:
         metric=build_all(section.metric),
         decoded=build(section.decoded) if section.decoded else None,
     )
-    if section.cache_latents:
+    if has_latents(data):
+        prove_latents(session, stage, data)
+    elif section.cache_latents:
         cache_latents(first_stage, data, section.precision or cfg.precision)
     summary = session.fit(stage, data, section)
     session.write_summary("diffusion", summary | {"first_stage": weight_hash}, started)
+
+
+def prove_latents(session: Session, stage: DiffusionStage, data: L.LightningDataModule) -> None:
+    """Refuses latents on disk that are not the first stage's own, and says what was proven.
+
+    Raises:
+        ConfigError: naming the field, the sample, or what asks for pictures that are gone.
+    """
+    num = check_latents(stage.first_stage, data, session.cfg.seed)
+    if num == 0 and "memorisation" in stage.metric:
+        raise ConfigError(
+            "diffusion.metric.memorisation looks at training pictures, and the shards that the latents were made of "
+            "are gone; set diffusion.metric.memorisation=null"
+        )
+    if session.is_first:
+        gone = "their shards are gone, so none was encoded again"
+        print(f"latents: {f'{num} encoded again, they agree' if num else gone}", flush=True)
 
 
 def whiten_first_stage(session: Session, first_stage: torch.nn.Module, data: L.LightningDataModule) -> str | None:

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,23 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.profilers import PassThroughProfiler
+from omegaconf import DictConfig
 
 from sdtrain.build import build
+from sdtrain.callback import ending
+from sdtrain.callback.guard import Rollback
 from sdtrain.checkpoint.commit import find_resume
-from sdtrain.continuation import check_continuation, config_hash, resolve_and_redact
+from sdtrain.continuation import check_continuation, config_hash, resolve_and_redact, write_config
 from sdtrain.contracts import Context
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.ops.memory import keep_freed_memory
 from sdtrain.stage.base import Stage
 from sdtrain.strategy.commit_io import CommitIO
+from sdtrain.strategy.slurm import check_slurm
 from sdtrain.tracker.fanout import Fanout
 from sdtrain.tracker.jsonl import JsonlTracker
 from sdtrain.tracker.none import NullTracker
-
-_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 class Session:
@@ -47,19 +48,19 @@ class Session:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.directory = Path(cfg.output_dir).expanduser().resolve()
-        self.is_first = next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0) == 0
+        self.rank = ending.global_rank()
+        self.is_first = self.rank == 0
         self.tracker: Any = NullTracker()
         self.fitting: L.Trainer | None = None
+        check_slurm(cfg.devices, cfg.num_nodes)
         keep_freed_memory()
         changes = check_continuation(self.directory, cfg)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if self.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "exit.json").unlink(missing_ok=True)  # of an attempt before
-            part = self.directory / "config.yaml.tmp"  # other ranks may be reading config.yaml
-            part.write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
-            part.replace(self.directory / "config.yaml")
+            ending.forget(self.directory)
+            write_config(self.directory, cfg)
             self.tracker = Fanout(JsonlTracker(self.directory / "metrics.jsonl"), [build(cfg.tracker)])
             for change in changes:
                 print(f"warning: {change}", flush=True)
@@ -84,10 +85,14 @@ class Session:
     def data(self, section: DictConfig) -> L.LightningDataModule:
         """The stage's own data, or else the run's."""
         data = build(self.cfg.data if section.data is None else section.data)
-        data.connect(self.cfg.seed, section.trainer.batch_size, section.trainer.num_accumulate)
+        self._connect(data, section)
         data.prepare_data()
         data.setup()
         return data
+
+    def _connect(self, data: L.LightningDataModule, section: DictConfig) -> None:
+        trainer = section.trainer
+        data.connect(self.cfg.seed, trainer.batch_size, trainer.num_accumulate, self.directory / "quarantine")
 
     def trainer(self, section: DictConfig) -> L.Trainer:
         """Lightning's trainer, with our checkpoints, our callbacks and none of its own.
@@ -97,7 +102,7 @@ class Session:
         """
         strategy = self.cfg.strategy if section.strategy is None else section.strategy
         try:
-            return L.Trainer(
+            trainer = L.Trainer(
                 accelerator=self.cfg.accelerator,
                 devices=self.cfg.devices,
                 num_nodes=self.cfg.num_nodes,
@@ -107,8 +112,9 @@ class Session:
                 max_epochs=-1,
                 accumulate_grad_batches=section.trainer.num_accumulate,
                 callbacks=[build(node) for node in section.callback.values() if node],
-                plugins=[CommitIO(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+                plugins=[CommitIO(), *([SLURMEnvironment(auto_requeue=False)] if ending.launched_by_slurm() else [])],
                 logger=False,
+                profiler=NoProfiler(),
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -121,6 +127,12 @@ class Session:
             raise ConfigError(
                 f"accelerator={self.cfg.accelerator} devices={self.cfg.devices}: {str(error).splitlines()[0]}"
             ) from error
+        # Signals are callback/stop.py's. Lightning's own handlers run a collective inside the handler, and its loop
+        # asks all ranks before every batch, and waits for the device, whether one of them was told to stop.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        ending.launchers.append(trainer.strategy.launcher)
+        return trainer
 
     def fit(self, stage: Stage, data: L.LightningDataModule, section: DictConfig) -> dict[str, Any]:
         """Trains a stage to its last step, from its newest valid checkpoint, and returns its summary."""
@@ -128,12 +140,21 @@ class Session:
         if self.is_first:
             self.tracker.start(self.directory, self.cfg.name, context.stage, resolve_and_redact(self.cfg))
         context.data_fingerprint = data.fingerprint
-        self.fitting = trainer = self.trainer(section)
+        resume = self._resume(context)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-            checkpoint = find_resume(context.directory / "checkpoints", self._resume(context))
-            trainer.fit(stage, datamodule=data, ckpt_path=checkpoint)
+            while True:
+                self.fitting = trainer = self.trainer(section)
+                checkpoint = find_resume(context.directory / "checkpoints", resume)
+                try:
+                    trainer.fit(stage, datamodule=data, ckpt_path=checkpoint)
+                    break
+                except Rollback as rollback:
+                    if self.is_first:
+                        print(f"{context.stage}: {rollback}", flush=True)
+                    resume = "must"
+                    self._connect(data, section)
         stage.to(trainer.strategy.root_device).eval()
         trained = time.monotonic()
         with stage.averaged_weights():
@@ -141,7 +162,7 @@ class Session:
         return summary | {
             "steps": trainer.global_step,
             "images": stage.images_seen,
-            "parameters": sum(p.numel() for p in stage.parameters()),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in stage.parameters()),  # ZeRO-3's are in pieces
             "data": data.accounting(),
             "world_size": trainer.world_size,
             "strategy": type(trainer.strategy).__name__,
@@ -174,21 +195,9 @@ class Session:
             self.tracker.finish(figures)
         barrier()
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """DIR/exit.json says how the run ended, under any launcher."""
-        code, reason = 1, "crashed"
-        try:
-            yield
-            code, reason = 0, "done"
-        except (ConfigError, RunError) as error:
-            code, reason = error.exit_code, str(error).splitlines()[0]
-            raise
-        finally:
-            if self.is_first:
-                (self.directory / "exit.json").write_text(json.dumps({"exit_code": code, "reason": reason}))
-                if code:
-                    self.tracker.finish({})
+    def recorded(self) -> AbstractContextManager[None]:
+        """DIR/exit.json says how the run ended, under any launcher; the first rank leaves last, with the code."""
+        return ending.recorded(self.directory, self.rank, lambda: self.tracker.finish({}))
 
     @contextmanager
     def told_of_memory(self, name: str) -> Iterator[None]:
@@ -212,12 +221,21 @@ class Session:
 
     def _advice(self, stage: str) -> str:
         try:
-            from sdtrain.dry_run.report import advise
+            from sdtrain.plan.report import advise
 
             return advise(self.cfg, stage)
         except Exception:  # whatever goes wrong without memory, it is the run's end that is told
             section = "autoencoder.recognition" if stage == "recognition" else stage
             return f"lower {section}.trainer.batch_size, or raise {section}.trainer.num_accumulate, which keeps it"
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning asks for it around every hook of every callback; its own makes a context manager each time."""
+
+    _context: AbstractContextManager[None] = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        return self._context
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -228,5 +246,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def barrier() -> None:
     """All ranks meet here, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if ending.num_ranks() > 1:
         torch.distributed.barrier()

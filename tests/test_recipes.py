@@ -14,10 +14,10 @@ from sdtrain.build import build
 from sdtrain.checkpoint.commit import newest_valid
 from sdtrain.config import load_config
 from sdtrain.data.shard_writer import write_shards
-from sdtrain.dry_run.estimate import NOWHERE, estimate, images_at_once, load
-from sdtrain.dry_run.report import CARDS
 from sdtrain.errors import ConfigError
 from sdtrain.interop.weights import read_checkpoint
+from sdtrain.plan.estimate import NOWHERE, estimate, images_at_once, load
+from sdtrain.plan.report import CARDS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
 DENOISERS = ["sd15_256", "sd15_512", "sd21_v", "sdxl", "sd3_medium", "sd35_large"]

@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", metavar="PIXELS", help="a side, or WIDTHxHEIGHT; default: as trained")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--sampler", metavar="NAME", help="one of configs/sampler/; default: the run's")
-    parser.add_argument("--raw", action="store_true", help="the raw weights instead of their average")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--raw", action="store_true", help="the raw weights instead of their average")
+    which.add_argument("--averages", metavar="FILE", type=Path, help="of another length, as tools/ema.py makes them")
     args = parser.parse_args(argv)
     try:
         for path in sample(args):
@@ -53,7 +55,7 @@ def sample(args: argparse.Namespace) -> list[Path]:
     from sdtrain.contracts import Preview
     from sdtrain.interop.pipeline import Pipeline
 
-    pipe = Pipeline.load(args.run, "raw" if args.raw else "ema")
+    pipe = Pipeline.load(args.run, "raw" if args.raw else args.averages or "ema")
     pictures = pipe(captions, args.negative, args.guidance, args.steps, size, args.seed, args.sampler)
     out = args.out or args.run / "generated"
     paths = [out / f"{i:04d}_{file_name(caption)}_seed{args.seed}.png" for i, caption in enumerate(captions)]

@@ -18,12 +18,13 @@ class Evaluate(EverySteps):
     def __init__(self, every_steps: int) -> None:
         super().__init__(every_steps)
         self.last_figures: dict[str, float] = {}
+        self.last_step = -1  # at which they were measured
 
     @override
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.perf_counter()
-        with off_the_clock(trainer), pl_module.averaged_weights():
-            self.last_figures = dict(pl_module.evaluate())
+        with off_the_clock(trainer, "validation"), pl_module.averaged_weights():
+            self.last_figures, self.last_step = dict(pl_module.evaluate()), trainer.global_step
         if trainer.is_global_zero and self.last_figures:
             pl_module.context.tracker.log(
                 {

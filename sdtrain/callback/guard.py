@@ -1,9 +1,12 @@
-"""The non-finite guard: a loss or gradient that is not a number ends the run before it reaches a checkpoint."""
+"""The non-finite guard: no loss or gradient that is not a number reaches a checkpoint, and what is done about it."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,85 +14,206 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
+from sdtrain.callback.agreement import Agreement
 from sdtrain.contracts import Batch
 from sdtrain.errors import ConfigError, RunError
 
+NONFINITE = 76
+_NUM_NOTES = 3  # the step that just ended, the one whose note is read now, the one that the ranks answer about now
+
+
+class Rollback(RunError):
+    """The fit is to begin again from its newest checkpoint; the samples since then are passed over."""
+
+
+class Note(NamedTuple):
+    """What became of a step: losses and norms by name, which the device writes and the host reads a step later."""
+
+    step: int
+    names: list[str]
+    values: Tensor
+    is_written: torch.cuda.Event | None
+    sample_ids: list[Tensor]
+
+    def bad(self) -> str:
+        """The name of the first value that is not finite, or nothing."""
+        if self.is_written is not None:
+            self.is_written.synchronize()
+        return next((name for name, value in zip(self.names, self.values.tolist()) if not math.isfinite(value)), "")
+
 
 class Guard(Callback):
-    """Notes on the device whether each loss and gradient norm is finite; reads the notes every `check_every_steps`.
+    """Looks whether each loss and gradient is finite, and never lets weights be saved that are not.
 
-    The notes are also read, and the weights looked at, before any checkpoint is saved. All ranks decide together.
+    The device notes it and the host reads the note a step late, so nothing waits; the ranks decide together. What was
+    found, with the samples of all ranks, is a line of DIR/nonfinite.jsonl.
+
+    Args:
+        on_nonfinite: "stop" ends the run with 76. "rollback" goes back to the newest checkpoint and passes over the
+            samples since then. "skip" leaves the step out, weights and optimizer as they were: the host then waits for
+            every step's gradients, and DeepSpeed, which keeps them to itself, cannot.
+        most_in_a_row: more steps skipped one after the other, or rollbacks to one checkpoint, end the run too.
     """
 
-    def __init__(self, check_every_steps: int = 10) -> None:
-        if check_every_steps < 1:
-            raise ConfigError(f"guard: check_every_steps={check_every_steps} must be at least 1")
-        self.check_every_steps = check_every_steps
-        self._checked_step = 0
-        self._notes: list[tuple[int, str, Tensor]] = []  # step, what, is it finite (on the device)
-        self._sample_ids: dict[int, list[Tensor]] = {}  # of each step since the last check
+    def __init__(self, on_nonfinite: Literal["stop", "skip", "rollback"] = "stop", most_in_a_row: int = 5) -> None:
+        if on_nonfinite not in ("stop", "skip", "rollback"):
+            raise ConfigError(f"guard.on_nonfinite is stop, skip or rollback, not {on_nonfinite!r}")
+        if most_in_a_row < 1:
+            raise ConfigError(f"guard.most_in_a_row={most_in_a_row} must be at least 1")
+        self.on_nonfinite, self.most_in_a_row = on_nonfinite, most_in_a_row
+        self._notes: deque[Note] = deque(maxlen=_NUM_NOTES)
+        self._values: list[tuple[str, Tensor]] = []  # of this step so far, on the device
+        self._sample_ids: list[Tensor] = []
+        self._num_in_a_row = 0
+        self._data_state: dict[str, Any] | None = None  # at the newest checkpoint
+        self._cursor: dict[str, Any] = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._checked_step = trainer.global_step
+        if self.on_nonfinite == "skip" and "deepspeed" in type(trainer.strategy).__name__.lower():
+            raise ConfigError("guard.on_nonfinite=skip does not work with DeepSpeed; choose stop or rollback")
+        self._step = trainer.global_step
+        self._agreement = Agreement(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        self._sample_ids.setdefault(trainer.global_step + 1, []).append(batch["sample_id"])
+        self._sample_ids.append(batch["sample_id"])
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._notes.append((trainer.global_step + 1, "loss", loss.detach().isfinite().all()))
+        self._values.append(("loss", loss.detach()))
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return  # fp16: the scaler skips such a step and lowers its scale
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        if gradients:  # DeepSpeed keeps them to itself
-            self._notes.append((trainer.global_step + 1, "gradient", get_total_norm(gradients).isfinite()))
+        if self.on_nonfinite == "skip" and not _has_scaler(trainer):
+            parameters = [p for p in pl_module.parameters() if p.grad is not None]
+            self._values.append(("gradient", get_total_norm([p.grad for p in parameters])))
+            self._skip_if_bad(trainer, parameters)
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if trainer.global_step - self._checked_step >= self.check_every_steps:
-            self._check(trainer)
+        if trainer.global_step == self._step:
+            return
+        self._step, self._cursor = trainer.global_step, batch.get("cursor", {})
+        if self.on_nonfinite != "skip":  # which has looked already
+            if not _has_scaler(trainer):
+                self._values += [(f"gradient of {part}", norm) for part, norm in pl_module.gradient_norms.items()]
+            self._notes.append(self._note(trainer.global_step))
+            is_bad = len(self._notes) > 1 and self._notes[-2].bad()
+            if self._agreement.late(bool(is_bad)):
+                self._end(trainer)
+        self._values, self._sample_ids = [], []
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        for name, parameter in pl_module.named_parameters():
-            self._notes.append((trainer.global_step, f"parameter {name}", parameter.detach().isfinite().all()))
-        self._check(trainer)
+        named = [(name, p) for name, p in pl_module.named_parameters() if p.numel()]
+        flags = torch.stack([~p.detach().isfinite().all() for _, p in named]).tolist() if named else []
+        bad = next((f"parameter {name}" for (name, _), is_bad in zip(named, flags) if is_bad), "")
+        if self._agreement.now(bool(bad)):
+            self._end(trainer, bad)
+        self._data_state = _data_state(trainer)
+        if self.on_nonfinite == "rollback":
+            self._num_in_a_row = 0
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Passes over the samples that made earlier attempts go back to this checkpoint."""
+        passed = _read_rollbacks(_rollback_file(trainer))
+        while (found := passed.pop(_key(_data_state(trainer)), None)) is not None:
+            trainer.datamodule.advance(found)
+            self._num_in_a_row += 1
+        self._data_state = _data_state(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check(trainer)
+        """No step comes in which the last notes would be read."""
+        if self._agreement.now(any(note.bad() for note in self._notes)):
+            self._end(trainer)
 
-    def _check(self, trainer: Trainer) -> None:
-        is_finite = not self._notes or bool(torch.stack([finite for _, _, finite in self._notes]).all())
-        if not trainer.strategy.reduce_boolean_decision(is_finite):
-            self._stop(trainer)
-        self._checked_step = trainer.global_step
-        self._notes.clear()
-        self._sample_ids.clear()
+    def _note(self, step: int) -> Note:
+        names, values = zip(*self._values)
+        values, is_written = torch.stack([value.float() for value in values]), None
+        if values.device.type == "cuda":
+            values, is_written = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            is_written.record()
+        return Note(step, list(names), values, is_written, self._sample_ids)
 
-    def _stop(self, trainer: Trainer) -> None:
-        context, rank = trainer.lightning_module.context, trainer.global_rank
-        bad = [(step, what) for step, what, finite in self._notes if not finite]
-        step, what = bad[0] if bad else (trainer.global_step, "a value on another rank (see nonfinite_rank*.json)")
-        sample_ids = torch.cat(self._sample_ids[step]).tolist() if step in self._sample_ids else []
-        path = context.directory / ("nonfinite.json" if rank == 0 else f"nonfinite_rank{rank}.json")
-        window = [min(self._checked_step + 1, step), trainer.global_step]
-        report = {"stage": context.stage, "step": step, "what": what, "window": window, "sample_id": sample_ids}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report))
-        context.tracker.log({"stage": context.stage, "step": step, "event": "nonfinite", "what": what})
-        raise RunError(
-            f"not finite: {what} at step {step} (steps {window[0]} to {window[1]} were checked together); "
-            f"samples {sample_ids[:8]}{'...' if len(sample_ids) > 8 else ''}, all in {path}; "
-            "nothing non-finite was saved: lower the learning rate or look at these samples, then run it again",
-            76,
+    def _skip_if_bad(self, trainer: Trainer, parameters: list[torch.nn.Parameter]) -> None:
+        bad = self._note(trainer.global_step + 1).bad()
+        if not self._agreement.now(bool(bad)):
+            self._num_in_a_row = 0
+            return
+        self._num_in_a_row += 1
+        step, what, path = self._report(trainer, [(trainer.global_step + 1, bad, self._sample_ids)])
+        if self._num_in_a_row > self.most_in_a_row:
+            raise self._stop(f"{what} at step {step}, and {self.most_in_a_row} steps before it were skipped", path)
+        for parameter in parameters:
+            parameter.grad = None  # of which no optimizer takes notice
+
+    def _end(self, trainer: Trainer, parameter: str = "") -> None:
+        """On all ranks together: never returns."""
+        notes = [(note.step, note.bad(), note.sample_ids) for note in self._notes]
+        if parameter:
+            notes.append((trainer.global_step, parameter, []))
+        step, what, path = self._report(trainer, notes)
+        if self.on_nonfinite != "rollback" or self._data_state is None:
+            raise self._stop(f"{what} at step {step}", path)
+        if self._num_in_a_row >= self.most_in_a_row:
+            raise self._stop(f"{what} at step {step}, after {self._num_in_a_row} rollbacks to one checkpoint", path)
+        if trainer.is_global_zero:
+            with _rollback_file(trainer).open("a") as file:
+                file.write(json.dumps({"from": self._data_state, "to": self._cursor}) + "\n")
+        self._agreement.gather(None)  # it is written before any rank reads it
+        trainer.lightning_module.take_metrics()  # they are not finite either
+        raise Rollback(f"not finite: {what} at step {step}, samples in {path}; back to the last checkpoint", NONFINITE)
+
+    def _report(self, trainer: Trainer, notes: list[tuple[int, str, list[Tensor]]]) -> tuple[int, str, Path]:
+        """Writes down the first step that is bad on any rank, with the samples of all ranks."""
+        plain = [(step, bad, torch.cat(ids).tolist() if ids else []) for step, bad, ids in notes]
+        of_ranks = self._agreement.gather(plain)
+        found = [(step, rank, what) for rank, said in enumerate(of_ranks) for step, what, _ in said if what]
+        # A gradient is shared by all ranks; the loss that it comes from is one rank's.
+        step, rank, what = min(found, key=lambda bad: (bad[0], bad[2] != "loss", bad[1]))
+        context = trainer.lightning_module.context
+        path = context.run_directory / "nonfinite.jsonl"
+        ids = [ids for said in of_ranks for at, _, ids in said if at == step]
+        row = {"stage": context.stage, "step": step, "what": what, "rank": rank, "action": self.on_nonfinite}
+        if trainer.is_global_zero:
+            with path.open("a") as file:
+                file.write(json.dumps(row | {"sample_id": sum(ids, [])}) + "\n")
+        context.tracker.log(row | {"event": "nonfinite"})
+        return step, what, path
+
+    def _stop(self, what: str, path: Path) -> RunError:
+        return RunError(
+            f"not finite: {what}; its samples are in {path}; nothing non-finite was saved: lower the learning rate or "
+            "look at these samples, then run it again",
+            NONFINITE,
         )
+
+
+def _has_scaler(trainer: Trainer) -> bool:
+    """fp16: it skips a step with such a gradient and lowers its scale."""
+    return trainer.precision == "16-mixed"
+
+
+def _data_state(trainer: Trainer) -> dict[str, Any]:
+    return trainer.datamodule.state_dict() if trainer.datamodule is not None else {}
+
+
+def _rollback_file(trainer: Trainer) -> Path:
+    return trainer.lightning_module.context.directory / "rollback.jsonl"
+
+
+def _read_rollbacks(path: Path) -> dict[str, dict[str, Any]]:
+    """Where to go on, by the state that the data was in."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {_key(row["from"]): row["to"] for row in rows}
+
+
+def _key(state: dict[str, Any]) -> str:
+    return json.dumps(state, sort_keys=True)

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from sdtrain.callback.every import EverySteps
+from sdtrain.callback.straggler import Straggler
+from sdtrain.callback.watchdog import Watchdog
 
 
 @contextmanager
-def off_the_clock(trainer: Trainer) -> Iterator[None]:
-    """Time inside (evaluation, samples, checkpoints) is not counted as training time by any `Log` of this trainer.
+def off_the_clock(trainer: Trainer, phase: str = "callback") -> Iterator[None]:
+    """Time inside (evaluation, samples, checkpoints) is not counted as training time by any `Log` of this trainer, nor
+    taken for a hang of a step by its `Watchdog`.
 
     A callback that does more than a step's own work wraps it in this. What the device still owes to training is
     waited for first, so that it is not counted as the callback's.
@@ -26,12 +29,16 @@ def off_the_clock(trainer: Trainer) -> Iterator[None]:
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize(trainer.strategy.root_device)
     started = time.perf_counter()
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for callback in trainer.callbacks:
-            if isinstance(callback, Log):
-                callback.pause(time.perf_counter() - started)
+            if isinstance(callback, Watchdog):
+                stack.enter_context(callback.phase(phase))
+        try:
+            yield
+        finally:
+            for callback in trainer.callbacks:
+                if isinstance(callback, Log | Straggler):
+                    callback.pause(time.perf_counter() - started)
 
 
 class Log(EverySteps):

@@ -24,7 +24,7 @@ class Samples(EverySteps):
 
     @override
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with off_the_clock(trainer):
+        with off_the_clock(trainer, "samples"):
             with pl_module.averaged_weights():
                 preview = pl_module.preview()
             if preview is None or not trainer.is_global_zero:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +20,64 @@ from safetensors import SafetensorError
 from sdtrain.errors import ConfigError, RunError
 
 MANIFEST = "COMPLETE.json"
+_found: dict[Path, str] = {}  # by `find_resume`, with the hash of its manifest
 
 
-def commit(directory: Path, write: Callable[[Path], None], meta: Mapping[str, Any], needed_bytes: int) -> Path:
-    """Lets `write` fill a new checkpoint and puts it at `directory`, all or nothing; about `needed_bytes` large."""
+def commit(
+    directory: Path,
+    write: Callable[[Path], Iterable[Path]],
+    meta: Mapping[str, Any],
+    needed_bytes: int,
+    rank: int = 0,
+    exchange: Callable[[Any], list[Any]] = lambda own: [own],
+) -> Path:
+    """Puts a new checkpoint at `directory`, all or nothing.
+
+    Args:
+        write: fills the directory that it is given and returns its files.
+        meta: what COMPLETE.json says beside the files.
+        needed_bytes: about what `write` needs.
+        rank: of several that write together; the first one commits.
+        exchange: what each of them gives, to all of them.
+
+    Raises:
+        ConfigError: where a file cannot be written, on any rank.
+    """
     temporary = directory.with_name(f"{directory.name}.tmp")
-    try:
+
+    def together(action: Callable[[], Any]) -> list[Any]:
+        """Runs it here; no rank goes on before all have done it, and none where one could not."""
+        own, told, error = None, "", None
+        try:
+            own = action()
+        except Exception as raised:
+            told, error = _explain(raised, directory, needed_bytes), raised
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        all_told = exchange((own, told))
+        failed = next((told for _, told in all_told if told), "")
+        if failed and rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if failed:
+            raise error if error is not None and failed == repr(error) else ConfigError(failed) from error
+        return [own for own, _ in all_told]
+
+    def prepare() -> None:
         if temporary.exists():  # left by a save that was killed
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
-        write(temporary)
-        _write_manifest(temporary, meta)
+
+    def finish() -> None:
+        _write_manifest(temporary, {**meta, "files": {name: file for part in written for name, file in part.items()}})
         if directory.exists():  # of this step, but corrupt or of an abandoned line: a resume did not take it
             shutil.rmtree(directory)
         os.rename(temporary, directory)
         _sync(directory.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        free_bytes = _free_bytes(directory)
-        # Asked of the disk, since torch.save reports a full one as a RuntimeError about positions.
-        is_full = free_bytes < needed_bytes and isinstance(error, Exception)
-        if not is_full and not isinstance(error, OSError | SafetensorError):
-            raise
-        raise ConfigError(
-            f"cannot save the checkpoint {directory}: {'the disk is full' if is_full else error} "
-            f"({needed_bytes} bytes needed, {free_bytes} bytes free); earlier checkpoints are intact: "
-            "make room or make the directory writable, then run the same command again"
-        ) from error
+
+    together(prepare if rank == 0 else lambda: None)
+    written = together(lambda: _describe(temporary, write(temporary)))
+    together(finish if rank == 0 else lambda: None)
     return directory
 
 
@@ -62,6 +93,12 @@ def verify(path: Path) -> None:
                 raise RunError(f"{file} is not what was written: its sha256 differs", 3)
         except OSError as error:
             raise RunError(f"{file} cannot be read: {error.strerror}", 3) from error
+
+
+def verify_once(path: Path) -> None:
+    """As `verify`, but for the checkpoint that `find_resume` has just verified: a resume reads it all one time less."""
+    if _found.pop(path, None) != manifest_hash(path):
+        verify(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -109,40 +146,71 @@ def find_resume(checkpoints_directory: Path, resume: str) -> Path | None:
         )
     if path is None and skipped:
         print("no valid checkpoint is left: starting from the beginning", flush=True)
+    if path is not None:
+        _found[path] = manifest_hash(path)
     return path
 
 
-def prune(newest: Path, keep_last: int) -> None:
-    """Deletes all checkpoints but the last `keep_last` of the line that ends in `newest`, and what killed saves left.
+def prune(newest: Path, keep_last: int, keep_every_steps: int | None = None, best: str = "max") -> list[str]:
+    """Deletes all checkpoints but those to stay of the line that ends in `newest`, and what killed saves left.
 
-    The line is followed by parent hashes, not by step numbers: a corrupt checkpoint that a resume went round is not
-    of it, so it never takes the place of one that is whole, whatever its number.
+    The line is what each manifest names as its `line`, not step numbers: a corrupt checkpoint that a resume went round
+    is not of it, so it never takes the place of one that is whole, whatever its number.
+
+    Args:
+        keep_last: so many newest ones.
+        keep_every_steps: those of steps that this divides.
+        best: "min" or "max" of the manifests' `score`, where they have one: that one.
+
+    Returns what names those that stay, oldest first.
     """
-    by_hash = {manifest_hash(path): path for path in _committed(newest.parent) if (path / MANIFEST).is_file()}
-    keep: list[Path] = []
-    path: Path | None = newest
-    while path is not None and len(keep) < keep_last:
-        keep.append(path)
-        path = by_hash.get(read_manifest(path).get("parent"))
+    manifest = read_manifest(newest)
+    names = {*manifest.get("line", []), manifest_hash(newest)}
+    whole = [path for path in _committed(newest.parent) if (path / MANIFEST).is_file()]
+    found = {path: read_manifest(path) for path in whole if manifest_hash(path) in names}
+    line = sorted(found, key=lambda path: found[path]["step"])
+    keep = line[-keep_last:]
+    if keep_every_steps is not None:
+        keep += [path for path in line if found[path]["step"] % keep_every_steps == 0]
+    scored = [path for path in line if found[path].get("score") is not None]
+    if scored:
+        keep.append((min if best == "min" else max)(scored, key=lambda path: found[path]["score"]))
     for path in newest.parent.glob("step_*"):
         if path not in keep:
             shutil.rmtree(path)
+    return [manifest_hash(path) for path in line if path in keep]
 
 
-def _write_manifest(directory: Path, meta: Mapping[str, Any]) -> None:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+def _describe(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and hash of files that are on the disk, not in a cache of it."""
+    described = {}
     for file in files:
         _sync(file)
-    listed = {
-        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
-    }
-    content = {**meta, "files": listed}
+        described[str(file.relative_to(directory))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return described
+
+
+def _write_manifest(directory: Path, content: dict[str, Any]) -> None:
     content["digest"] = _digest(content)
     (directory / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
     _sync(directory / MANIFEST)
     for path in (directory, *directory.rglob("*")):
         if path.is_dir():
             _sync(path)
+
+
+def _explain(error: Exception, directory: Path, needed_bytes: int) -> str:
+    """A line for whoever cannot save; a mistake of the program's as it is."""
+    free_bytes = _free_bytes(directory)
+    # Asked of the disk, since torch.save reports a full one as a RuntimeError about positions.
+    is_full = free_bytes < needed_bytes
+    if not is_full and not isinstance(error, OSError | SafetensorError):
+        return repr(error)
+    return (
+        f"cannot save the checkpoint {directory}: {'the disk is full' if is_full else error} "
+        f"({needed_bytes} bytes needed, {free_bytes} bytes free); earlier checkpoints are intact: "
+        "make room or make the directory writable, then run the same command again"
+    )
 
 
 def _committed(directory: Path) -> list[Path]:

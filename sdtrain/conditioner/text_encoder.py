@@ -58,16 +58,19 @@ class TextEncoder(nn.Module, ABC):
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
         """A batch's captions; with a draw, some of them dropped."""
-        captions = batch["caption"]
+        captions, device = batch["caption"], self.encoder.device
+        # Nothing here waits for the device: copies do not block, and it alone learns which captions are dropped.
+        ids, mask = (part.to(device, non_blocking=True) for part in self.tokenize([*captions, ""]))
+        empty = torch.tensor([text == "" for text in captions]).to(device, non_blocking=True)
         if draw is not None and self.dropout > 0:
-            gone = dropped(draw, self.dropout, self.dropout_group).tolist()
-            captions = ["" if drop else text for text, drop in zip(captions, gone)]
-        device = self.encoder.device
-        ids, mask = (part.to(device) for part in self.tokenize(captions))
+            gone = dropped(draw, self.dropout, self.dropout_group)
+            ids, mask = (torch.where(gone[:, None], part[-1], part[:-1]) for part in (ids, mask))  # (B, L)
+            empty = empty | gone
+        else:
+            ids, mask = ids[:-1], mask[:-1]
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             told = {name: value.float() for name, value in self.encode(ids, mask).items()}
         if self.empty_caption == "zeros":
-            empty = torch.tensor([text == "" for text in captions], device=device)
             told = {name: value.masked_fill(empty.view(-1, *[1] * (value.ndim - 1)), 0) for name, value in told.items()}
         return told | {"context_mask": mask} if self.masked else told
 

@@ -1,4 +1,4 @@
-"""Pretrained text encoders at their true sizes with nothing loaded: what a dry run asks instead of `clip` and `t5`."""
+"""Pretrained text encoders at their true sizes with nothing loaded: what a plan asks instead of `clip` and `t5`."""
 
 from __future__ import annotations
 

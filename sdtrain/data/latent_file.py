@@ -22,6 +22,7 @@ import numpy as np
 from sdtrain.data.attributes import parse_json
 from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.bucket import Table
+from sdtrain.data.caption import clean_caption
 from sdtrain.data.decode import Decoded, decode_image
 from sdtrain.data.index import CAPTION, IMAGE, JSON, Index
 from sdtrain.data.members import Members
@@ -45,6 +46,7 @@ ROW = np.dtype(
     ]
 )
 
+_Stored = tuple[np.ndarray, bytes]  # a sample's row and its bytes
 Encode = Callable[[np.ndarray], np.ndarray]  # uint8 (B, H, W, 3) -> float16 (B, 2, C, h, w), mean and std
 
 
@@ -89,14 +91,14 @@ class PartWriter:
                 digest.update(stored)
                 offset += len(stored)
             _commit(file, data)
-        table = np.sort(np.array(found, ROW), order="sample")
+        table = np.sort(np.concatenate([np.zeros(0, ROW), *found]), order="sample")
         with _draft(rows).open("wb") as file:
             np.save(file, table)
             _commit(file, rows)
         told = {"num_bytes": offset, "sha256": digest.hexdigest(), "num_samples": len(table), "left_out": dict(bad)}
         write_json(about, told)
 
-    def _samples(self, samples: np.ndarray, bad: Counter[str]) -> Iterator[tuple[np.void, bytes]]:
+    def _samples(self, samples: np.ndarray, bad: Counter[str]) -> Iterator[_Stored]:
         shapes = np.zeros(len(samples), np.uint8) if self.table is None else self.table.of(self.index.side[samples])
         known = [(self.image_size, self.image_size)] if self.table is None else self.table.shapes
         bad["no_bucket"] = int((shapes >= len(known)).sum())
@@ -105,15 +107,15 @@ class PartWriter:
             for first in range(0, len(of_shape), at_once):
                 yield from self._batch(of_shape[first : first + at_once], (height, width), bad)
 
-    def _batch(
-        self, samples: np.ndarray, size: tuple[int, int], bad: Counter[str]
-    ) -> Iterator[tuple[np.void, bytes]]:
+    def _batch(self, samples: np.ndarray, size: tuple[int, int], bad: Counter[str]) -> Iterator[_Stored]:
         good = []
         for sample, members in zip(samples.tolist(), self._members.read(samples, (IMAGE, CAPTION, JSON))):
             try:
                 if isinstance(members, BadSample):
                     raise members
                 image, caption, told = (None if member is None else bytes(member) for member in members)
+                if caption is not None:
+                    clean_caption(caption)
                 if told is not None:
                     parse_json(told)
                 good.append((sample, caption, told, self._views(image, size)))
@@ -131,15 +133,17 @@ class PartWriter:
 
     def _stored(
         self, sample: int, caption: bytes | None, told: bytes | None, seen: list[Decoded], latents: list[np.ndarray]
-    ) -> tuple[np.void, bytes]:
+    ) -> _Stored:
         if not all(np.isfinite(latent).all() for latent in latents):
-            raise ConfigError(f"{self.index.name(sample)}: its latent is not finite in float16; is the first stage well?")
-        row = np.zeros((), ROW)
+            raise ConfigError(
+                f"{self.index.name(sample)}: its latent is not finite in float16; is the first stage well?"
+            )
+        row = np.zeros(1, ROW)
         row["sample"], row["size"] = sample, latents[0].shape[2:]
         row["caption_bytes"] = -1 if caption is None else len(caption)
         row["json_bytes"] = -1 if told is None else len(told)
         row["original_size"] = seen[0].original_size
-        row["crop_top_left"][: len(seen)] = [one.crop_top_left for one in seen]
+        row["crop_top_left"][0, : len(seen)] = [one.crop_top_left for one in seen]
         return row, b"".join([*(latent.tobytes() for latent in latents), caption or b"", told or b""])
 
 

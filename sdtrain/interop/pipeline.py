@@ -47,19 +47,19 @@ class Pipeline:
         self.cfg, self.generation = cfg, generation
 
     @classmethod
-    def load(cls, run_directory: str | Path, weights: str = "ema", device: str = "auto") -> Pipeline:
+    def load(cls, run_directory: str | Path, weights: str | Path = "ema", device: str = "auto") -> Pipeline:
         """The newest valid checkpoint of a run's stage 2, wherever its directory lies now.
 
         Args:
-            weights: "ema", which is what the run's own figures and previews are of, or "raw". A run without an average
-                has its raw weights only.
+            weights: "ema", which is what the run's own figures and previews are of, "raw", or a file of averages that
+                tools/ema.py made. A run without an average has its raw weights only.
             device: "auto" takes CUDA, MPS or the CPU.
 
         Raises:
             ConfigError: where there is no such run, it has no stage 2, or its files do not fit each other.
         """
-        if weights not in ("ema", "raw"):
-            raise ConfigError(f"weights={weights} is neither ema nor raw")
+        if weights not in ("ema", "raw") and not Path(weights).is_file():
+            raise ConfigError(f"weights={weights} is neither ema nor raw nor a file")
         directory = Path(run_directory).expanduser()
         cfg = _read_config(directory)
         checkpoint, skipped = newest_valid(directory / "diffusion" / "checkpoints")
@@ -170,10 +170,10 @@ def _read_sampler(name: str) -> DictConfig:
         return compose(f"sampler/{name}").sampler
 
 
-def _load_learned(parts: nn.ModuleDict, checkpoint: Path, weights: str) -> None:
+def _load_learned(parts: nn.ModuleDict, checkpoint: Path, weights: str | Path) -> None:
     """The checkpoint's weights, and over them the averages of those that have one."""
     try:
-        parts.load_state_dict(read_checkpoint(checkpoint, averaged=weights == "ema"))
+        parts.load_state_dict(read_checkpoint(checkpoint, {"ema": True, "raw": False}.get(weights, weights)))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ConfigError(f"{checkpoint} does not fit the config.yaml of its run: {first}") from error

@@ -159,13 +159,25 @@ def load_model(model: nn.Module, path: str, node: DictConfig | None = None) -> N
         load_strictly(model, read_state(file, model.state_dict(), "unet", key), file, key)
 
 
-def read_checkpoint(checkpoint: Path, averaged: bool = True) -> dict[str, Tensor]:
-    """A stage's weights, with the averages of those that have one in their place."""
+def read_checkpoint(checkpoint: Path, averaged: bool | str | Path = True) -> dict[str, Tensor]:
+    """A stage's weights, with the averages of those that have one in their place: the checkpoint's own, or a file's.
+
+    Raises:
+        ConfigError: where that file holds none of them.
+    """
     state = load_file(checkpoint / MODEL)
-    if averaged and (checkpoint / EMA).is_file():
-        averages = load_file(checkpoint / EMA)
-        state |= {name: averages[name] for name in state.keys() & averages.keys()}
-    return state
+    if averaged is True:
+        averaged = checkpoint / EMA if (checkpoint / EMA).is_file() else False
+    if not averaged:
+        return state
+    try:
+        averages = load_file(averaged)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{averaged} is no safetensors file: {error}") from error
+    shared = state.keys() & averages.keys()
+    if not shared:
+        raise ConfigError(f"{averaged} holds no averages of the weights in {checkpoint}")
+    return state | {name: averages[name] for name in shared}
 
 
 def require_config(

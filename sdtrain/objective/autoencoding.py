@@ -155,21 +155,22 @@ class Autoencoding(nn.Module):
         self._sums[name] = self._sums[name] + weight if name in self._sums else weight
 
     @torch.no_grad()
-    def update_adaptive_weight(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+    def update_adaptive_weight(self, all_reduce: Callable[[Tensor], Tensor]) -> bool:
         """Once an optimizer step, after its last backward: the next step's weight, the same number on every rank.
 
-        Before the adversary's start it takes the discriminator's zeros away, which only a reduction over ranks wants.
-        An optimizer would count them as steps and have spent its bias correction when the first gradients come: with
-        Adam's betas of 0.9 and 0.999 a hundred steps of 3 to 6.6 times the learning rate where gradients are steady
-        (measured here at the first: 3.16, now 1).
+        Returns whether the adversary took part. Before its start the discriminator's gradients are zeros that only a
+        reduction over ranks wants: an optimizer would count them as steps and have spent its bias correction when the
+        first gradients come. With Adam's betas of 0.9 and 0.999 these are a hundred steps of 3 to 6.6 times the
+        learning rate where gradients are steady (measured here at the first: 3.16, and 1 where it is left out).
         """
-        if not self._sums:
-            for p in self.discriminator_parameters():
-                p.grad = None
-        if len(self._sums) == 2:
+        took_part = len(self._sums) == 2
+        if took_part:
             rec, adv = (all_reduce(self._sums[name]).norm() for name in ("reconstruction", "adversarial"))
-            self.adaptive_weight.copy_((rec / (adv + 1e-4 * rec + 1e-12)).clamp(0.0, 1e4))
+            weight = (rec / (adv + 1e-4 * rec + 1e-12)).clamp(0.0, 1e4)
+            # A step that is not finite may be skipped, and must not leave its mark here.
+            self.adaptive_weight.copy_(torch.where(weight.isfinite(), weight, self.adaptive_weight))
         self._sums.clear()
+        return took_part
 
 
 class VQAutoencoding(Autoencoding):

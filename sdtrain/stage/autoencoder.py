@@ -64,7 +64,11 @@ class AutoencoderStage(Stage):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002 Lightning's signature
         """All gradients of the step are there: the adversary's weight for the next one."""
-        self.objective.update_adaptive_weight(lambda x: self.trainer.strategy.reduce(x, reduce_op="sum"))
+        if self.is_last_micro:
+            took_part = self.objective.update_adaptive_weight(
+                lambda x: self.trainer.strategy.reduce(x, reduce_op="sum")
+            )
+            self.idle_parts = () if took_part else ("discriminator",)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor) -> Tensor:

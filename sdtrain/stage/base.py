@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from sdtrain.contracts import Context
+from sdtrain.contracts import Batch, Context
 from sdtrain.ops.random import Draw
 
 
@@ -36,6 +36,9 @@ class Stage(L.LightningModule):
         super().__init__()
         self.context, self.optim, self.clip_norm = context, optim, clip_norm
         self.ema: Any = None  # the EMA callback's, where there is one
+        self.idle_parts: Sequence[str] = ()  # that the coming optimizer step leaves as they are
+        self.is_last_micro = True  # whether the optimizer steps after this micro-batch
+        self.gradient_norms: dict[str, Tensor] = {}  # of the step before it, by part, on the device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -59,8 +62,8 @@ class Stage(L.LightningModule):
     def note(self, **values: Tensor) -> None:
         """Adds to the means of the next row, on the device: nothing waits for it."""
         for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            value = value.detach().float()  # copied below: a buffer or a parameter will have changed until the row
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take_metrics(self) -> dict[str, float]:
@@ -87,12 +90,21 @@ class Stage(L.LightningModule):
         """Moves the data cursor past an optimizer step. Seen by checkpoints only after the step, so it may be said
         within it.
         """
-        if batch["last_micro_of_step"]:
+        self.is_last_micro = batch["last_micro_of_step"]
+        if self.is_last_micro:
             self.trainer.datamodule.advance(batch["cursor"])
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
+        """Its tensors. Lightning's own looks into every caption and every attribute of them."""
+        return {  # type: ignore[return-value]
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
 
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer, a schedule that counts optimizer steps up to max_steps."""
-        optimizer, schedule = self.optim.build(self.parts(), self.context.max_steps)
+        self._learned = {name: list(parameters) for name, parameters in self.parts().items()}  # to walk it once
+        optimizer, schedule = self.optim.build(self._learned, self.context.max_steps)
         self._recipe = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -111,9 +123,20 @@ class Stage(L.LightningModule):
         gradient_clip_val: float | None = None,  # noqa: ARG002
         gradient_clip_algorithm: str | None = None,  # noqa: ARG002
     ) -> None:
-        """Clips each part by its own norm, and notes the norms."""
-        for name, parameters in self.parts().items():
+        """Clips each part by its own norm, and notes the norms. Under DeepSpeed it is called at every micro-batch."""
+        if not self.is_last_micro:
+            return
+        clip = getattr(self.trainer.strategy, "clip", self._clip)  # only DeepSpeed knows where its gradients are
+        self.gradient_norms = clip(self.clip_norm, self.idle_parts)
+        self.note(**{f"grad_norm/{name}": norm for name, norm in self.gradient_norms.items()})
+
+    def _clip(self, max_norm: float | None, idle: Sequence[str]) -> dict[str, Tensor]:
+        norms = {}
+        for name, parameters in self._learned.items():
+            if name in idle:
+                for p in parameters:  # an optimizer would count a gradient of zero as a step
+                    p.grad = None
             learned = [p for p in parameters if p.grad is not None]
             if learned:
-                norm = torch.nn.utils.clip_grad_norm_(learned, self.clip_norm or float("inf"), foreach=True)
-                self.note(**{f"grad_norm/{name}": norm})
+                norms[name] = torch.nn.utils.clip_grad_norm_(learned, max_norm or float("inf"), foreach=True)
+        return norms

@@ -1,12 +1,15 @@
 """When checkpoints are saved, which stay, and that a fit continued from one equals a fit that never stopped."""
 
 import runpy
+import time
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 
 from sdtrain.callback.checkpoint import Checkpoint
-from sdtrain.checkpoint.commit import read_manifest
+from sdtrain.callback.evaluate import Evaluate
+from sdtrain.checkpoint.commit import commit, read_manifest, verify
 from sdtrain.checkpoint.files import read
 from sdtrain.errors import ConfigError
 
@@ -79,7 +82,100 @@ def test_starting_anew_replaces_the_old_line(tmp_path):
     assert steps(tmp_path) == [2]
 
 
-@pytest.mark.parametrize("options", [{"every_steps": 0}, {"every_steps": 1, "keep_last": 0}])
-def test_bad_values(options):
-    with pytest.raises(ConfigError, match="at least 1"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_steps": 0}, "at least 1"),
+        ({"every_steps": 1, "keep_last": 0}, "at least 1"),
+        ({"every_steps": 4, "keep_every_steps": 6}, "keep_every_steps=6 must be a multiple of every_steps=4"),
+        ({"every_steps": 4, "keep_best": {"metric": "val/loss"}}, "write {metric: val/loss, mode: min}"),
+        ({"every_steps": 4, "keep_best": {"metric": "val/loss", "mode": "low"}}, "write {metric: val/loss, mode: min}"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(ConfigError, match=message):
         Checkpoint(**options)
+
+
+class Measured(Evaluate):
+    """Scores 3, 1, 2 at steps 2, 4, 6, and nothing between."""
+
+    def __init__(self):
+        super().__init__(every_steps=2)
+
+    def act(self, trainer, pl_module):
+        self.last_figures = {"val/loss": {2: 3.0, 4: 1.0, 6: 2.0}.get(trainer.global_step, 9.0)}
+        self.last_step = trainer.global_step
+
+
+def fit_with(directory, checkpoint, **options):
+    return fit(directory, saving=[Measured(), checkpoint], **options)
+
+
+def test_what_is_kept_beside_the_last(tmp_path):
+    checkpoint = Checkpoint(1, keep_last=1, keep_every_steps=3, keep_best={"metric": "val/loss", "mode": "min"})
+    fit_with(tmp_path, checkpoint, max_steps=8)
+    assert steps(tmp_path) == [3, 4, 6, 8]
+    assert read_manifest(tmp_path / "toy" / "checkpoints" / "step_00000004")["score"] == 1.0
+    assert read_manifest(tmp_path / "toy" / "checkpoints" / "step_00000003")["score"] is None
+
+
+def test_the_best_stays_through_a_resume(tmp_path):
+    for max_steps in (5, 8):
+        best = {"metric": "val/loss", "mode": "min"}
+        fit_with(tmp_path, Checkpoint(1, keep_last=1, keep_best=best), max_steps=max_steps)
+    assert steps(tmp_path) == [4, 8]
+
+
+def test_a_metric_that_is_not_measured_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="keep_best.metric=val/fid is not measured here; there are val/loss"):
+        fit_with(tmp_path, Checkpoint(2, keep_best={"metric": "val/fid", "mode": "min"}))
+
+
+def test_in_the_background_the_same_is_saved(tmp_path):
+    hashes = {}
+    for in_background in (False, True):
+        directory = tmp_path / str(in_background)
+        hashes[in_background] = state_hash(fit_with(directory, Checkpoint(2, in_background=in_background), max_steps=7))
+        assert steps(directory) == [6, 7]
+        for step in (6, 7):
+            verify(directory / "toy" / "checkpoints" / f"step_{step:08d}")
+    assert hashes[True] == hashes[False]
+    for name in ("model.safetensors", "optimizer_00000.safetensors", "training.pt"):
+        first, second = (tmp_path / str(b) / "toy" / "checkpoints" / "step_00000006" / name for b in (False, True))
+        assert first.read_bytes() == second.read_bytes()
+    assert state_hash(fit_with(tmp_path / "True", Checkpoint(2), max_steps=9)) == state_hash(
+        fit_with(tmp_path / "False", Checkpoint(2), max_steps=9)
+    )
+
+
+def test_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
+    steps_at_commit, trainer = [], []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, this, *_):
+            trainer[:] = [this]
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        steps_at_commit.append(trainer[0].global_step)
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr("sdtrain.checkpoint.commit.commit", slow)
+    rows = toy["Rows"]()
+    checkpoint = Checkpoint(2, in_background=True)
+    fit(tmp_path, saving=[Watch(), checkpoint], max_steps=200, tracker=rows)
+    events = [row for row in rows.rows if row.get("event") == "checkpoint"]
+    assert steps_at_commit[0] > 2
+    assert events[0]["step"] == 2
+    assert events[0]["stall_seconds"] < 0.1 < 0.5 < events[0]["seconds"]
+    assert events[0]["bytes"] > 0
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise ConfigError("cannot save the checkpoint: the disk is full")
+
+    monkeypatch.setattr("sdtrain.checkpoint.commit.commit", full)
+    with pytest.raises(ConfigError, match="the disk is full"):
+        fit(tmp_path, saving=[Checkpoint(2, in_background=True)], max_steps=100_000)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 
+from sdtrain.callback import ending
 from sdtrain.checkpoint.commit import newest_valid, read_manifest
 from sdtrain.errors import RunError
 
@@ -51,7 +52,7 @@ def test_the_stop_file_is_honoured_once(tmp_path):
     with pytest.raises(RunError, match="^stopped by the STOP file at step 1; continue with: ") as raised:
         fit(tmp_path, tracker=rows)
     assert raised.value.exit_code == 75
-    assert rows.rows == [{"stage": "toy", "step": 1, "images": 4, "event": "stop", "reason": "the STOP file"}]
+    assert rows.rows[-1] == {"stage": "toy", "step": 1, "images": 4, "event": "stop", "reason": "the STOP file"}
     assert newest(tmp_path) == "step_00000001"
     assert not (tmp_path / "STOP").exists()
     assert fit(tmp_path).global_step == 8
@@ -79,6 +80,35 @@ def test_the_handlers_are_put_back(tmp_path, stopped):
     else:
         fit(tmp_path)
     assert [signal.getsignal(number) for number in LIMITED] == before
+
+
+@pytest.mark.parametrize(
+    ("number", "marker"), [(signal.SIGUSR1, "REQUEUE"), (signal.SIGTERM, "STOPPED"), (signal.SIGINT, "STOPPED")]
+)
+def test_under_slurm_a_marker_says_whether_to_come_back(tmp_path, monkeypatch, number, marker):
+    """The guard: slurm/job.sh requeues what left REQUEUE."""
+    fault = {"signal_number": number, "at_batch": 2}
+    assert fit_in_child(directory=tmp_path, fault=fault) == 75
+    assert not list(tmp_path.glob("[A-Z]*"))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert fit_in_child(directory=tmp_path, fault=fault) == 75
+    assert [path.name for path in tmp_path.glob("[A-Z]*")] == [marker]
+    ending.forget(tmp_path)
+    assert not list(tmp_path.glob("[A-Z]*"))
+
+
+def test_a_worker_that_was_forked_leaves_the_flag_alone(tmp_path):
+    """The guard: Slurm signals every process of a job, and a forked worker inherits the handlers."""
+
+    class Forked(Callback):
+        def on_train_batch_start(self, *args):
+            if (pid := os.fork()) == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)  # the second one would raise
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    assert fit_in_child(directory=tmp_path, max_steps=2, fault=Forked()) == 0
 
 
 def test_a_fit_off_the_main_thread_runs_without_handlers(tmp_path):
@@ -112,7 +142,8 @@ def test_two_ranks_stop_together_whichever_is_told(tmp_path, rank):
     ddp = {"directory": str(tmp_path), "devices": 2, "strategy": "ddp"}
     done = run_script(**ddp, fault=fault)
     assert done.returncode == 75, done.stderr
-    assert newest(tmp_path) == "step_00000003"
+    assert newest(tmp_path) == "step_00000004"  # the ranks agree a step late
+    assert "stopped by SIGTERM at step 4" in done.stdout  # also where it was another rank that was told
     done = run_script(**ddp, resume="must")
     assert done.returncode == 0, done.stderr
     assert read_manifest(tmp_path / "toy" / "checkpoints" / "step_00000008")["world_size"] == 2

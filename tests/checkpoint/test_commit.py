@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -14,21 +17,22 @@ from sdtrain.checkpoint.commit import commit, find_resume, manifest_hash, newest
 from sdtrain.errors import ConfigError, RunError
 
 
-def save(directory, step, parent="", needed_bytes=100):
+def save(directory, step, line=(), needed_bytes=100, score=None):
     def write(path):
         (path / "a.bin").write_bytes(bytes([step]) * 100)
         (path / "deep").mkdir()
         (path / "deep" / "b.bin").write_bytes(b"b" * step)
+        return [path / "a.bin", path / "deep" / "b.bin"]
 
-    meta = {"step": step, "images": 4 * step, "parent": parent}
+    meta = {"step": step, "images": 4 * step, "line": list(line), "score": score}
     return commit(directory / f"step_{step:08d}", write, meta, needed_bytes)
 
 
 def save_line(directory, *steps):
-    parent = ""
+    line = []
     for step in steps:
-        path = save(directory, step, parent)
-        parent = manifest_hash(path)
+        path = save(directory, step, line)
+        line.append(manifest_hash(path))
     return path
 
 
@@ -140,7 +144,7 @@ def test_what_a_killed_save_left_is_ignored_then_cleaned(tmp_path):
     newest = save_line(tmp_path, 1, 2)
     shutil.copytree(newest, tmp_path / "step_00000003.tmp")
     assert newest_valid(tmp_path) == (newest, [])
-    newest = save(tmp_path, 3, manifest_hash(newest))
+    newest = save(tmp_path, 3, [manifest_hash(newest)])
     verify(newest)
     prune(newest, keep_last=2)
     assert names(tmp_path) == ["step_00000002", "step_00000003"]
@@ -153,12 +157,33 @@ def test_prune_keeps_the_last_of_the_line(tmp_path):
     assert len(names(tmp_path)) == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_last": 1}, [9]),
+        ({"keep_last": 1, "keep_every_steps": 4}, [4, 8, 9]),
+        ({"keep_last": 2, "best": "min"}, [3, 8, 9]),
+        ({"keep_last": 1, "best": "max"}, [6, 9]),
+        ({"keep_last": 1, "keep_every_steps": 3, "best": "min"}, [3, 6, 9]),
+    ],
+)
+def test_prune_after_every_save_keeps_what_was_asked_for(tmp_path, options, kept):
+    scores = {3: -0.5, 6: 0.7} if "best" in options else {}
+    line = []
+    for step in range(1, 10):
+        path = save(tmp_path, step, line, score=scores.get(step))
+        line = prune(path, **options)
+    assert names(tmp_path) == [f"step_{step:08d}" for step in kept]
+    assert line == [manifest_hash(tmp_path / name) for name in names(tmp_path)]
+
+
 def test_a_corrupt_checkpoint_never_takes_the_place_of_a_good_one(tmp_path):
     save_line(tmp_path, 4, 8, 10, 20)
     for step in (10, 20):  # both fail, so the resume went back to 8; its next save lies between them
         flip_a_bit(tmp_path / f"step_{step:08d}")
     good, _ = newest_valid(tmp_path)
-    prune(save(tmp_path, 15, manifest_hash(good)), keep_last=2)
+    line = [*read_manifest(good)["line"], manifest_hash(good)]
+    prune(save(tmp_path, 15, line), keep_last=2)
     assert names(tmp_path) == ["step_00000008", "step_00000015"]
 
 
@@ -178,6 +203,53 @@ def test_a_failing_write_leaves_nothing_and_keeps_its_error(tmp_path, error):
     with pytest.raises(error, match="of the write"):
         commit(tmp_path / "step_00000002", write, {}, 4)
     assert names(tmp_path) == ["step_00000001"]
+
+
+def commit_together(directory, write, num_ranks=3):
+    """Each rank in a thread of its own; what each one ended with."""
+    barrier, said = threading.Barrier(num_ranks, timeout=20), [None] * num_ranks
+
+    def run(rank):
+        def exchange(own):
+            said[rank] = own
+            barrier.wait()
+            everything = list(said)
+            barrier.wait()
+            return everything
+
+        try:
+            return commit(directory, partial(write, rank), {"step": 1}, 4, rank, exchange)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(run, range(num_ranks)))
+
+
+def test_ranks_commit_together(tmp_path):
+    def write(rank, path):
+        (path / f"{rank}.bin").write_bytes(b"x" * rank)
+        return [path / f"{rank}.bin"]
+
+    assert commit_together(tmp_path / "step_1", write) == [tmp_path / "step_1"] * 3
+    verify(tmp_path / "step_1")
+    assert sorted(read_manifest(tmp_path / "step_1")["files"]) == ["0.bin", "1.bin", "2.bin"]
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), TypeError("a mistake")])
+def test_one_rank_that_cannot_write_ends_all(tmp_path, error):
+    def write(rank, path):
+        if rank == 1:
+            raise error
+        (path / f"{rank}.bin").write_bytes(b"x")
+        return [path / f"{rank}.bin"]
+
+    first, second, third = commit_together(tmp_path / "step_1", write)
+    assert names(tmp_path) == []
+    assert isinstance(first, ConfigError)
+    assert str(error) in str(first)
+    assert str(first) == str(third)
+    assert isinstance(second, ConfigError if isinstance(error, OSError) else TypeError)
 
 
 @contextmanager
@@ -203,6 +275,7 @@ def test_a_full_disk(tmp_path, library):
             save_file({"x": tensor}, path / "x.safetensors")
         else:
             (path / "x.bin").write_bytes(bytes(tensor.nbytes))
+        return path.iterdir()
 
     with small_disk(tmp_path / "disk", 1_000_000) as disk:
         older = save(disk, 1)

@@ -38,7 +38,8 @@ def make_checkpoint():
         "rows": base[2:4],
         "transposed": base.T,
     }
-    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(4, 4)}}, "param_groups": [{"lr": 0.1}]}
+    moments = {"float/step/0": torch.tensor(3.0), "float/exp_avg/0": torch.randn(3, 5)}
+    optimizer = {"tensors": moments, "values": {"float/seen/0": 7}, "groups": [{"lr": 0.1}]}
     rest = {
         "global_step": 3,
         "optimizer_states": [optimizer],
@@ -49,17 +50,21 @@ def make_checkpoint():
 
 def test_round_trip_is_bit_exact(tmp_path):
     checkpoint = make_checkpoint()
-    files.write(checkpoint, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ema.safetensors", "model.safetensors", "training.pt"]
+    written = files.write(checkpoint, tmp_path)
+    assert sorted(written) == sorted(tmp_path.iterdir())
+    names = ["ema.safetensors", "model.safetensors", "optimizer_00000.safetensors", "training.pt"]
+    assert sorted(path.name for path in written) == names
     back = files.read(tmp_path)
     assert set(back) == set(checkpoint)
     for part in ("state_dict", "ema"):
         assert set(back[part]) == set(checkpoint[part])
         for name, tensor in checkpoint[part].items():
             assert_same(back[part][name], tensor)
-    assert_same(
-        back["optimizer_states"][0]["state"][0]["exp_avg"], checkpoint["optimizer_states"][0]["state"][0]["exp_avg"]
-    )
+    (saved,), (optimizer,) = checkpoint["optimizer_states"], back["optimizer_states"]
+    assert sorted(optimizer["tensors"].keys("float")) == ["exp_avg", "step"]
+    for key in ("exp_avg", "step"):
+        assert_same(optimizer["tensors"].read("float", key), saved["tensors"][f"float/{key}/0"])
+    assert (optimizer["values"], optimizer["groups"]) == (saved["values"], saved["groups"])
     assert back["lr_schedulers"] == checkpoint["lr_schedulers"]
     assert back["global_step"] == 3
 
@@ -76,6 +81,11 @@ def test_tied_weights_stay_tied_and_any_reader_finds_them(tmp_path):
     other.load_state_dict(files.read(tmp_path)["state_dict"])
     assert other["out"].weight is other["embed"].weight
     assert_same(other["embed"].weight, model["embed"].weight)
+
+
+def test_other_ranks_write_what_their_optimizer_holds(tmp_path):
+    written = files.write(make_checkpoint(), tmp_path, rank=3)
+    assert [path.name for path in written] == ["optimizer_00003.safetensors"] == [p.name for p in tmp_path.iterdir()]
 
 
 def test_no_ema_no_file(tmp_path):

@@ -68,16 +68,19 @@ def test_null_is_the_empty_caption(text):
 
 def test_dropout_drops_the_share_asked(text, monkeypatch):
     text.dropout = 0.3
-    asked, num = [], 8000
+    read, num = [], 8000
 
-    def tokenize(captions):
-        asked.extend(captions)
-        return torch.full((num, 1), 1), torch.ones(num, 1).bool()
+    def encode(ids, mask):
+        read.append((ids, mask))
+        return {"context": ids.float()}
 
-    monkeypatch.setattr(text, "tokenize", tokenize)
+    monkeypatch.setattr(text, "encode", encode)
     text({"caption": ["a big red star"] * num}, Draw.of(0, num))
-    assert set(asked) == {"", "a big red star"}
-    assert asked.count("") / num == pytest.approx(0.3, abs=5 * (0.21 / num) ** 0.5)
+    (ids, mask), (empty, empty_mask) = *read, text.tokenize([""])
+    gone = (ids == empty).all(dim=1)
+    assert gone.float().mean() == pytest.approx(0.3, abs=5 * (0.21 / num) ** 0.5)
+    assert (ids[~gone] == text.tokenize(["a big red star"])[0]).all()
+    assert (mask[gone] == empty_mask).all()
 
 
 def test_dropout_goes_by_sample_and_only_with_a_draw(text):

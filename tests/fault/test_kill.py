@@ -5,6 +5,7 @@ import random
 import runpy
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,10 @@ def test_killed_at_any_step_twice(tmp_path, whole, seed, accumulate):
     assert state_hash(fit(tmp_path, accumulate=accumulate)) == whole[accumulate]
 
 
-# A save of step 6: torch.save; fsync of ema, model, training, COMPLETE, directory; rename; fsync of the parent; then
-# the deletion of step 2.
-INSIDE = [("save", 1, 4), ("fsync", 1, 4), ("fsync", 3, 4), ("fsync", 4, 4), ("fsync", 5, 4), ("rename", 1, 4)]
-AFTER = [("fsync", 6, 6), ("rmtree", 1, 6)]
+# A save of step 6: torch.save; fsync of optimizer, model, ema, training, COMPLETE, directory; rename; fsync of the
+# parent; then the deletion of step 2.
+INSIDE = [("save", 1, 4), ("fsync", 1, 4), ("fsync", 4, 4), ("fsync", 5, 4), ("fsync", 6, 4), ("rename", 1, 4)]
+AFTER = [("fsync", 7, 6), ("rmtree", 1, 6)]
 
 
 @pytest.mark.parametrize(("function", "call", "survivor"), INSIDE + AFTER)
@@ -50,14 +51,41 @@ def test_killed_inside_a_save(tmp_path, whole, function, call, survivor):
     assert names == ["step_00000006", "step_00000008"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "training.pt", "COMPLETE.json"])
-def test_a_corrupt_newest_is_gone_round(tmp_path, whole, name, capsys):
+def cut(file):
+    os.truncate(file, 100)
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def lose(file):
+    file.unlink()
+
+
+FILES = ["model.safetensors", "ema.safetensors", "optimizer_00000.safetensors", "training.pt", "COMPLETE.json"]
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, lose])
+@pytest.mark.parametrize("name", FILES)
+def test_a_corrupt_newest_is_gone_round(tmp_path, whole, name, damage, capsys):
+    """The guard: every file is hashed before it is read, and the manifest holds its own hash."""
     fit(tmp_path, max_steps=5)
-    os.truncate(tmp_path / "toy" / "checkpoints" / "step_00000005" / name, 100)
+    damage(tmp_path / "toy" / "checkpoints" / "step_00000005" / name)
     assert state_hash(fit(tmp_path, resume="must")) == whole[1]
     said = capsys.readouterr().out
     assert "skipped checkpoint step_00000005" in said
     assert name in said
+
+
+def test_a_temporary_directory_that_cannot_be_used_is_not_missed(tmp_path, whole, monkeypatch):
+    """The guard: a save is renamed within its directory. Across disks a rename is a copy, which can be half done."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert state_hash(fit(tmp_path)) == whole[1]
+    assert newest(tmp_path) == "step_00000008"
 
 
 def test_all_corrupt_and_must_ends_with_3(tmp_path):

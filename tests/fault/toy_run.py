@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -17,9 +18,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from sdtrain.callback import ending
 from sdtrain.callback.checkpoint import Checkpoint
+from sdtrain.callback.divergence import Divergence
 from sdtrain.callback.guard import Guard
 from sdtrain.callback.stop import Stop
+from sdtrain.callback.straggler import Straggler
+from sdtrain.callback.watchdog import Watchdog
 from sdtrain.checkpoint.commit import find_resume, read_manifest
 from sdtrain.contracts import Context
 from sdtrain.errors import ConfigError, RunError
@@ -49,17 +54,19 @@ class Stream(IterableDataset):
 
 
 class Toy(LightningModule):
-    def __init__(self, context, nan_at_sample=-1, nan_rank=None, inf_gradient_at_step=-1):
+    def __init__(self, context, nan_at_sample=-1, nan_rank=None, inf_gradient_at_step=-1, slow_rank=None):
         super().__init__()
         self.context = context
         self.images_seen = 0
         self.nan_at_sample, self.nan_rank = nan_at_sample, nan_rank
-        self.inf_gradient_at_step = inf_gradient_at_step
+        self.inf_gradient_at_step, self.slow_rank = inf_gradient_at_step, slow_rank
         torch.manual_seed(0)
         self.layer = torch.nn.Linear(8, 8)
 
     def training_step(self, batch, batch_idx):
         self.images_seen += len(batch["x"])
+        if self.global_rank == self.slow_rank:
+            time.sleep(0.05)
         generator = torch.Generator().manual_seed(1000 * self.global_step + int(batch["sample_id"][0]))
         loss = (self.layer(batch["x"]) - torch.randn(batch["x"].shape, generator=generator)).pow(2).mean()
         if self.nan_at_sample not in batch["sample_id"]:
@@ -72,6 +79,11 @@ class Toy(LightningModule):
     def on_after_backward(self):
         if self.global_step + 1 == self.inf_gradient_at_step:
             self.layer.bias.grad[3] = float("inf")
+
+    def configure_gradient_clipping(self, optimizer, **_):
+        """As a stage does: the norms, and no clipping."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.gradient_norms = {"layer": torch.nn.utils.get_total_norm(gradients)}
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), 0.01)
@@ -88,17 +100,30 @@ class Toy(LightningModule):
 
 
 class Fault(Callback):
-    """Sends this process a signal at a micro-batch, or kills it inside the save of a step."""
+    """Sends this process a signal at a micro-batch, or kills it inside the save of a step.
 
-    def __init__(self, signal_number=0, at_batch=-1, rank=0, save_step=-1, function="", call=0):
-        self.signal_number, self.at_batch, self.rank = signal_number, at_batch, rank
+    Or, at a micro-batch, `does` something else: "raise", "sleep", "unsync" (its gradients are not summed), "drift".
+    """
+
+    def __init__(self, signal_number=0, at_batch=-1, rank=0, save_step=-1, function="", call=0, does=""):
+        self.signal_number, self.at_batch, self.rank, self.does = signal_number, at_batch, rank, does
         self.save_step, self.function, self.call = save_step, function, call
         self.num_batches = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.num_batches += 1
-        if self.num_batches == self.at_batch and trainer.global_rank == self.rank:
+        if self.does == "unsync" and trainer.global_rank == self.rank:
+            trainer.model.require_backward_grad_sync = self.num_batches != self.at_batch
+        if self.num_batches != self.at_batch or trainer.global_rank != self.rank:
+            return
+        if self.signal_number:
             os.kill(os.getpid(), self.signal_number)
+        elif self.does == "raise":
+            raise ConfigError("this rank's disk is gone")
+        elif self.does == "sleep":
+            time.sleep(1000)
+        elif self.does == "drift":
+            pl_module.layer.bias.data[5] += 1e-6
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         if trainer.global_step == self.save_step:
@@ -121,7 +146,8 @@ class Fault(Callback):
 
 def fit(
     directory, max_steps=8, every_steps=2, keep_last=2, accumulate=1, resume="auto", fault=None, module=None,
-    time_limit_seconds=None, check_every_steps=10, tracker=None, max_epochs=-1, **trainer_options,
+    time_limit_seconds=None, on_nonfinite="stop", hang_seconds=None, compare_every=1000, tracker=None, max_epochs=-1,
+    saving=None, **trainer_options,
 ):  # fmt: skip
     """Fits the toy in `directory`, continuing what lies there; returns its trainer."""
     directory = Path(directory)
@@ -130,14 +156,18 @@ def fit(
     context = Context(
         "toy", directory, stage, tracker or Rows(), 0, 4 * accumulate, max_steps, config_hash="c", data_fingerprint="d"
     )
-    callbacks = [Guard(check_every_steps), Checkpoint(every_steps, keep_last), Stop(time_limit_seconds)]
+    callbacks = [Straggler(min(compare_every, 10)), Guard(on_nonfinite), Divergence(compare_every)]
+    callbacks += [*(saving or [Checkpoint(every_steps, keep_last)]), Stop(time_limit_seconds)]
     if fault:
         callbacks.insert(0, Fault(**fault) if isinstance(fault, dict) else fault)
+    if hang_seconds is not None:
+        callbacks.insert(0, Watchdog(hang_seconds, 4 * hang_seconds))
     trainer = Trainer(
         max_steps=max_steps, max_epochs=max_epochs, accumulate_grad_batches=accumulate, accelerator="cpu",
         callbacks=callbacks, plugins=[CommitIO()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **trainer_options,
     )  # fmt: skip
+    ending.launchers.append(trainer.strategy.launcher)
     path = find_resume(stage / "checkpoints", resume)
     start = read_manifest(path)["step"] * accumulate if path else 0
     toy = Toy(context, **(module or {}))
@@ -171,9 +201,18 @@ def state_hash(trainer):
     return hashlib.sha256(joined + repr((rate, images)).encode()).hexdigest()
 
 
+def main(options):
+    """As `sdtrain.run.run` ends, so does this."""
+    directory, rank = Path(options["directory"]), ending.global_rank()
+    if rank == 0:
+        ending.forget(directory)
+    with ending.recorded(directory, rank, lambda: None):
+        sys.stdout.write(f"hash {state_hash(fit(**options))}\n")  # one write: ranks share the pipe
+
+
 if __name__ == "__main__":
     try:
-        sys.stdout.write(f"hash {state_hash(fit(**json.loads(sys.argv[1])))}\n")  # one write: ranks share the pipe
+        main(json.loads(sys.argv[1]))
     except (ConfigError, RunError) as error:
         print(error, flush=True)
-        sys.exit(error.exit_code if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+        sys.exit(error.exit_code)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtrain.checkpoint.commit import manifest_hash, read_manifest, verify
+from sdtrain.checkpoint.commit import find_resume, manifest_hash, read_manifest, verify
 from sdtrain.errors import RunError
 from sdtrain.strategy.commit_io import CommitIO
 
@@ -48,6 +48,16 @@ def test_nothing_is_unpickled_before_its_hash_is_verified(tmp_path, monkeypatch)
     with pytest.raises(RunError, match="training.pt is not what was written") as raised:
         CommitIO().load_checkpoint(tmp_path / "step_3")
     assert raised.value.exit_code == 3
+
+
+def test_what_was_found_is_verified_once_and_only_once(tmp_path, monkeypatch):
+    save(CommitIO(), tmp_path / "step_3")
+    calls = []
+    monkeypatch.setattr("sdtrain.checkpoint.commit.verify", lambda path: calls.append(path))
+    path = find_resume(tmp_path, "auto")
+    for _ in range(2):
+        CommitIO().load_checkpoint(path)
+    assert calls == [path, path]  # where it was found, and the second load
 
 
 def test_remove(tmp_path):

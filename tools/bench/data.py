@@ -1,10 +1,12 @@
 """Reading and decoding samples beside webdataset's own pipeline and Pillow, in one process, A B A B.
 
-    python tools/bench/data.py [--raw] [--decode] [--rounds 5] [--samples 4000]
+    python tools/bench/data.py [--raw] [--decode] [--latents] [--rounds 5] [--samples 4000]
 
 raw     the bytes of picture and caption, checksum verified, in a random order, beside webdataset's tar iteration in
         the shards' order; samples of 50 KB. The limit is reading the same files from front to back, unlooked at.
 decode  a 1024x768 JPEG to 256x256 beside Pillow's full decode and Lanczos; the limit is the decode at half size alone.
+latents stored latents (4x32x32, mean and std in fp16) with their captions, in a random order, as batches; beside
+        webdataset with .npy members in the shards' order. The limit is reading the same files from front to back.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import argparse
 import io
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -22,6 +27,8 @@ from zlib_ng.zlib_ng import crc32
 
 from sdtrain.data.decode import decode_image
 from sdtrain.data.index import CAPTION, IMAGE, build_index
+from sdtrain.data.latent_file import PREPROCESSING, PartWriter, finish, start
+from sdtrain.data.latents import LatentDataModule
 from sdtrain.data.members import Members
 from sdtrain.data.shard_writer import write_shards
 from sdtrain.data.storage import Storage
@@ -97,6 +104,90 @@ def decode(rounds: int, num_samples: int) -> None:  # noqa: ARG001  each section
     print(f"  PSNR to Pillow's full decode and Lanczos: at least {10 * np.log10(255**2 / max(errors)):.1f} dB")
 
 
+def latents(rounds: int, num_samples: int) -> None:
+    """Samples a second from page cache, on one core; and with one worker and two."""
+    import webdataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = _cache(Path(folder), num_samples)
+        peer = [str(shard) for shard in write_shards(_as_npy(num_samples), f"{folder}/npy-%04d.tar")]
+        paths = sorted((out / "parts").glob("*.bin"))
+        data = _module(out, 0)
+        num_train = data.num_train // _BATCH * _BATCH
+        order = np.random.default_rng(0).permutation(data.num_train)[:num_train].reshape(-1, _BATCH)
+        buffer = bytearray(1 << 20)
+
+        def ours() -> None:
+            for ids in order:
+                assert data.load("train", ids)["latent"].shape == (_BATCH, 2, 4, 32, 32)
+
+        def plainly() -> None:
+            for path in paths:
+                with open(path, "rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+
+        def theirs() -> None:
+            read = webdataset.WebDataset(peer, shardshuffle=False, nodesplitter=None, empty_check=False)
+            read = read.decode().to_tuple("lat.npy", "txt").batched(_BATCH)
+            assert sum(1 for _ in islice(read, len(order))) == len(order)
+
+        contestants = {"sdtrain": ours, "reading the bytes plainly": plainly, "webdataset with .npy members": theirs}
+        medians = compare(contestants, rounds)
+        _tell(medians, num_train, "samples/s", sum(path.stat().st_size for path in paths))
+        rates = [_through_workers(out, workers, 10 * len(order)) for workers in (1, 2)]
+        print(f"  through workers: {rates[0]:.0f} samples/s with one, {rates[1] / rates[0]:.2f}x with two")
+
+
+def _cache(folder: Path, num_samples: int) -> Path:
+    """What tools/precompute_latents.py writes, of tiny pictures; the latents' values are of no interest here."""
+    chance = np.random.default_rng(0)
+    image = Image.new("RGB", (16, 16))
+    image.save(buffer := io.BytesIO(), "PNG")
+    samples = [
+        {"__key__": f"{n:08d}", "png": buffer.getvalue(), "txt": f"picture {n} of many".encode()}
+        for n in range(num_samples)
+    ]
+    index = build_index(write_shards(samples, folder / "pictures-%04d.tar"))
+    first_stage = {"latent_channels": 4, "down_factor": 8}
+    job = {"first_stage": first_stage, "preprocessing": PREPROCESSING, "image_size": 256, "buckets": None}
+    job |= {"has_flips": False}
+    start(folder / "out", job)
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        return chance.standard_normal((len(pixels), 2, 4, 32, 32), np.float32).astype(np.float16)
+
+    writer = PartWriter(folder / "out", index, 256, None, encode, lambda *_: _BATCH)
+    for part in range(len(index.shards)):
+        writer.write(part)
+    finish(folder / "out", index, job)
+    return folder / "out"
+
+
+def _as_npy(num_samples: int) -> Iterator[dict[str, object]]:
+    chance = np.random.default_rng(0)
+    for n in range(num_samples):
+        np.save(buffer := io.BytesIO(), chance.standard_normal((2, 4, 32, 32), np.float32).astype(np.float16))
+        yield {"__key__": f"{n:08d}", "lat.npy": buffer.getvalue(), "txt": f"picture {n} of many".encode()}
+
+
+def _module(out: Path, num_workers: int) -> LatentDataModule:
+    data = LatentDataModule(str(out), image_size=256, num_workers=num_workers)
+    data.connect(0, _BATCH)
+    data.setup()
+    return data
+
+
+def _through_workers(out: Path, num_workers: int, num_batches: int) -> float:
+    batches = iter(_module(out, num_workers).train_dataloader())
+    for _ in range(8 * num_workers):
+        next(batches)
+    begun = time.perf_counter()
+    for _ in range(num_batches):
+        next(batches)
+    return num_batches * _BATCH / (time.perf_counter() - begun)
+
+
 def _tell(medians: dict[str, float], number: int, unit: str, num_bytes: int = 0) -> None:
     for name, seconds in medians.items():
         rate = f", {num_bytes / seconds / 1e9:5.2f} GB/s" if num_bytes else ""
@@ -137,7 +228,7 @@ def _full(data: bytes) -> np.ndarray:
     return np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.LANCZOS, box=box))
 
 
-SECTIONS = {"raw": raw, "decode": decode}
+SECTIONS = {"raw": raw, "decode": decode, "latents": latents}
 
 
 def main() -> None:

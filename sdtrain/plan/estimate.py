@@ -5,7 +5,7 @@ one training step's shapes run through them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from sdtrain.layer.perceptual import Perceptual
 from sdtrain.ops.meter import Meter, measure
 from sdtrain.ops.random import Draw
 from sdtrain.optim.adamw8bit import AdamW8bit
+from sdtrain.plan.sharding import held_bytes
 from sdtrain.preflight import SOURCES
 from sdtrain.stage.autoencoder import AutoencoderStage
 from sdtrain.stage.base import Stage
@@ -30,7 +31,7 @@ from sdtrain.stage.generation import for_conditioner
 from sdtrain.target import parts
 
 GIB = 2**30
-NOWHERE = "dry-run://"  # an address, which the preflight does not look for
+NOWHERE = "plan://"  # an address, which the preflight does not look for
 _UNLOADED = {
     "sdtrain.conditioner.clip.CLIP": "sdtrain.conditioner.unloaded.CLIP",
     "sdtrain.conditioner.t5.T5": "sdtrain.conditioner.unloaded.T5",
@@ -47,9 +48,11 @@ class Estimate:
         num_parameters: by part; negative where it is frozen.
         num_learned: parameters that the optimizer moves.
         forward_flops: an image, by part.
-        fixed_bytes: what is there whatever the batch: weights, gradients, optimizer, EMA, DDP's buckets.
+        fixed_bytes: what a device holds whatever the batch, by part, under the strategy that is configured.
         runs: by whether blocks are checkpointed: (images at once, peak bytes of the step beside these, FLOPs), rising.
         is_checkpointed: whether they are as configured.
+        whole_bytes: by part, what one device alone would hold.
+        latent_bytes: of an image in a cache; 0 where there is nothing to cache.
     """
 
     image_size: int
@@ -59,6 +62,8 @@ class Estimate:
     fixed_bytes: dict[str, float]
     runs: dict[bool, list[tuple[int, int, int]]]
     is_checkpointed: bool
+    whole_bytes: dict[str, float] = field(default_factory=dict)
+    latent_bytes: int = 0
 
     def training_flops(self, checkpointed: bool) -> float:
         """An image: forward and backward of what learns, forward of what does not."""
@@ -66,9 +71,9 @@ class Estimate:
         return flops / images
 
     @property
-    def sharded_bytes(self) -> float:
-        """Of what is fixed, what devices could share; buckets are DDP's alone and go."""
-        return sum(size for what, size in self.fixed_bytes.items() if what != "frozen weights")
+    def checkpoint_bytes(self) -> float:
+        """One on disk."""
+        return sum(self.whole_bytes[what] for what in ("weights", "optimizer", "EMA"))
 
     def step_bytes(self, images: int, checkpointed: bool) -> float:
         """Of `images` at once, beside what is fixed: along the line through the two runs that are nearest."""
@@ -161,13 +166,22 @@ def estimate(cfg: DictConfig, name: str) -> Estimate | None:
             runs[checkpointed].append((images, meter.peak_bytes, meter.flops))
             forward = {part: flops // images for part, flops in parts_flops.items()}
     num_learned = sum(p.numel() for p in learned)
-    fixed = _fixed_bytes(cfg, name, stage, learned)
+    whole = _whole_bytes(cfg, name, stage, learned)
+    fixed = held_bytes(whole, num_learned, strategy_of(cfg, name), num_devices(cfg, name))
     named = {n: getattr(stage, n, None) for n in ("model", "conditioner", "first_stage", "objective", "decoded")}
     counted = {n: count_parameters(part) for n, part in named.items() if isinstance(part, nn.Module)}
-    return Estimate(side, counted, num_learned, forward, fixed, runs, is_checkpointed)
+    latent = _latent_bytes(stage, side) if name == "diffusion" else 0
+    return Estimate(side, counted, num_learned, forward, fixed, runs, is_checkpointed, whole, latent)
 
 
-def _fixed_bytes(cfg: DictConfig, name: str, stage: Stage, learned: Sequence[nn.Parameter]) -> dict[str, float]:
+def _latent_bytes(stage: DiffusionStage, side: int) -> int:
+    """Mean and standard deviation in 16 bits, as the cache keeps them."""
+    first_stage = stage.first_stage
+    is_learned = any(True for _ in first_stage.parameters())
+    return 2 * 2 * first_stage.latent_channels * (side // first_stage.down_factor) ** 2 if is_learned else 0
+
+
+def _whole_bytes(cfg: DictConfig, name: str, stage: Stage, learned: Sequence[nn.Parameter]) -> dict[str, float]:
     held = {id(t): t for module in everything(stage) for t in (*module.parameters(False), *module.buffers(False))}
     learned_bytes = sum(p.nbytes for p in learned)
     return {
@@ -175,8 +189,7 @@ def _fixed_bytes(cfg: DictConfig, name: str, stage: Stage, learned: Sequence[nn.
         "weights": learned_bytes,
         "gradients": learned_bytes,
         "optimizer": optimizer_bytes(stage),
-        "EMA": sum(p.nbytes for _, p in stage.averaged_parameters()) if cfg[name].callback.get("ema") else 0,
-        "DDP's buckets": learned_bytes if num_devices(cfg) > 1 else 0,
+        "EMA": num_averages(cfg, name) * sum(p.nbytes for _, p in stage.averaged_parameters()),
     }
 
 
@@ -228,14 +241,27 @@ def optimizer_bytes(stage: Stage) -> float:
     return sum(p.nbytes * per_value[p.ndim >= 2] for some in learned.values() for p in some)
 
 
-def num_devices(cfg: DictConfig) -> int:
+def num_averages(cfg: DictConfig, name: str) -> int:
+    """How many moving averages are kept."""
+    ema = cfg[name].callback.get("ema")
+    return 0 if ema is None else max(len(ema.get("lengths") or []), 1)
+
+
+def strategy_of(cfg: DictConfig, name: str) -> str:
+    """The one that is configured, as `held_bytes` names it; what says auto is DDP, on one device of one."""
+    node = cfg[name].strategy or cfg.strategy
+    if "zero_stage" not in node:
+        return "ddp"
+    return f"deepspeed_zero{node.zero_stage}{'_offload' if node.get('offload') else ''}"
+
+
+def num_devices(cfg: DictConfig, name: str) -> int:
     """Over all nodes; what says auto counts as one."""
-    return (cfg.devices if isinstance(cfg.devices, int) else 1) * (
-        cfg.num_nodes if isinstance(cfg.num_nodes, int) else 1
-    )
+    num_nodes = (cfg.cluster and cfg.cluster[name].num_nodes) or cfg.num_nodes
+    return (cfg.devices if isinstance(cfg.devices, int) else 1) * (num_nodes if isinstance(num_nodes, int) else 1)
 
 
 def images_at_once(cfg: DictConfig, name: str) -> int:
     """On each device: the micro-batch."""
     trainer = cfg[name].trainer
-    return max(trainer.batch_size // (trainer.num_accumulate * num_devices(cfg)), 1)
+    return max(trainer.batch_size // (trainer.num_accumulate * num_devices(cfg, name)), 1)

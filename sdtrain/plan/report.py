@@ -1,4 +1,4 @@
-"""An estimate in words: what a dry run prints, and what to lower where memory ran out."""
+"""An estimate in words: what `tools/plan.py` prints, and what to lower where memory ran out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from sdtrain.dry_run.estimate import GIB, Estimate, estimate, images_at_once, num_devices
 from sdtrain.optim.adamw8bit import AdamW8bit
+from sdtrain.plan.estimate import GIB, Estimate, estimate, images_at_once, num_devices, strategy_of
+from sdtrain.plan.sharding import STRATEGIES, held_bytes
 
 ACHIEVED = 0.4  # of a device's peak, as good training code does
 USABLE = 0.92  # of a device's memory: CUDA, its libraries and fragmentation take the rest
 _MOST_IMAGES = 4096  # at once
+_PARTS = ("frozen weights", "weights", "master weights", "gradients", "optimizer", "EMA", "buckets")
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,15 @@ class Card:
             low, high = (middle, high) if fits else (low, middle)
         return low
 
-    def images_a_second(self, found: Estimate, checkpointed: bool) -> float:
+    def images_a_second(self, found: Estimate, checkpointed: bool, achieved: float = ACHIEVED) -> float:
         """Of one device."""
-        return ACHIEVED * self.peak_tflops * 1e12 / found.training_flops(checkpointed)
+        return achieved * self.peak_tflops * 1e12 / found.training_flops(checkpointed)
 
-    def hours(self, cfg: DictConfig, name: str, found: Estimate) -> float:
+    def hours(self, cfg: DictConfig, name: str, found: Estimate, achieved: float = ACHIEVED) -> float:
         """A whole stage, on as many devices as are configured."""
         images = cfg[name].trainer.max_steps * cfg[name].trainer.batch_size
-        return images / (self.images_a_second(found, found.is_checkpointed) * num_devices(cfg)) / 3600
+        rate = self.images_a_second(found, found.is_checkpointed, achieved) * num_devices(cfg, name)
+        return images / rate / 3600
 
 
 # By their makers' word, but for the H200's products, which were measured; an H100's are taken to be the same.
@@ -52,18 +57,19 @@ CARDS = (
 )
 
 
-def describe(cfg: DictConfig) -> Iterator[str]:
-    """The lines of a dry run."""
+def describe(cfg: DictConfig, achieved: float = ACHIEVED) -> Iterator[str | Table]:
+    """What a plan prints: lines, and a table of each stage."""
     for name in cfg.stages:
         found = estimate(cfg, name)
         if found is None:
             yield f"{cfg.name}, stage {name}: this first stage has nothing to train"
         else:
             yield from _describe_stage(cfg, name, found)
+            yield memory_table(cfg, name, found)
+            yield from _describe_time(cfg, name, found, achieved)
 
 
 def _describe_stage(cfg: DictConfig, name: str, found: Estimate) -> Iterator[str]:
-    trainer, devices, at_once = cfg[name].trainer, num_devices(cfg), images_at_once(cfg, name)
     checkpointed = found.is_checkpointed
     yield f"{cfg.name}, stage {name}, {found.image_size} px, {cfg[name].precision or cfg.precision}"
     yield "  parameters    " + ", ".join(
@@ -73,25 +79,49 @@ def _describe_stage(cfg: DictConfig, name: str, found: Estimate) -> Iterator[str
     )
     forward = ", ".join(f"{part} {flops / 1e12:.4g}" for part, flops in found.forward_flops.items())
     yield f"  an image      {forward} TFLOP forward; {found.training_flops(checkpointed) / 1e12:.4g} to train on it"
-    fixed = ", ".join(f"{what} {_gib(size)}" for what, size in found.fixed_bytes.items() if size)
-    step, total = found.step_bytes(at_once, checkpointed), found.total_bytes(at_once, checkpointed)
-    fits = [f"{card.memory_gb}" for card in CARDS if total <= card.memory_gb * GIB * USABLE]
-    yield f"  a device      {fixed}, activations of {at_once} images at once {_gib(step)}"
-    yield f"                {_gib(total)} in all: " + (f"fits {', '.join(fits)} GB" if fits else "fits no card below")
-    if devices > 1:
-        sharded = _gib(total - (1 - 1 / devices) * found.sharded_bytes)
-        yield f"                sharded over {devices} devices, as ZeRO-3 does, it would be {sharded}"
-    yield "  card             images at once   checkpointed   images/s   checkpointed"
+    disk = f"{_gib(found.checkpoint_bytes)} a checkpoint"
+    if found.latent_bytes:
+        disk += f", {_gib(1e6 * found.latent_bytes)} a million cached latents"
+    yield f"  on disk       {disk}"
+
+
+def memory_table(cfg: DictConfig, name: str, found: Estimate) -> Table:
+    """What each device holds, in GiB, under each strategy that the stage can have, with micro-batches of some sizes."""
+    devices, at_once, configured = num_devices(cfg, name), images_at_once(cfg, name), strategy_of(cfg, name)
+    sizes = sorted({1, *(at_once // n for n in (8, 4, 2, 1) if at_once >= n)})
+    table = Table(title=f"GiB on each of {devices} devices, * as configured", title_justify="left", box=SIMPLE_HEAD)
+    heads = [part.removesuffix(" weights") for part in _PARTS] + [f"at {size}" for size in sizes]
+    table.add_column("strategy", no_wrap=True)
+    for head in (*heads, "fits"):
+        table.add_column(head, justify="right", no_wrap=True)
+    is_sharded = cfg[name].optim._target_ == "sdtrain.optim.adamw.AdamW"
+    for strategy in STRATEGIES if is_sharded else STRATEGIES[:1]:
+        if strategy == "deepspeed_zero3" and name == "autoencoder":
+            continue
+        held = held_bytes(found.whole_bytes, found.num_learned, strategy, devices)
+        totals = [sum(held.values()) + found.step_bytes(size, found.is_checkpointed) for size in sizes]
+        fits = [str(card.memory_gb) for card in CARDS if totals[-1] <= card.memory_gb * GIB * USABLE]
+        parts = [f"{held[part] / GIB:.3g}" if held.get(part) else "-" for part in _PARTS]
+        mark = "* " if strategy == configured else "  "
+        shown = [f"{total / GIB:.3g}" for total in totals]
+        table.add_row(mark + strategy, *parts, *shown, f"{fits[0]} GB" if fits else "none")
+    return table
+
+
+def _describe_time(cfg: DictConfig, name: str, found: Estimate, achieved: float) -> Iterator[str]:
+    trainer, devices = cfg[name].trainer, num_devices(cfg, name)
+    yield "  card             images at once   checkpointed   images/s   checkpointed      hours   GPU-hours"
     for card in CARDS:
         most = [card.most_images(found, flag) if flag in found.runs else 0 for flag in (False, True)]
-        rate = [f"{card.images_a_second(found, flag):.4g}" if n else "-" for flag, n in enumerate(most)]
-        columns = f"{most[0] or '-':>14}   {most[1] or '-':>12}   {rate[0]:>8}   {rate[1]:>12}"
-        yield f"  {f'{card.memory_gb} GB {card.name}':<15}{columns}"
-    card = CARDS[-1]
+        rate = [f"{card.images_a_second(found, flag, achieved):.4g}" if n else "-" for flag, n in enumerate(most)]
+        hours = card.hours(cfg, name, found, achieved)
+        yield (
+            f"  {f'{card.memory_gb} GB {card.name}':<15}{most[0] or '-':>14}   {most[1] or '-':>12}   {rate[0]:>8}   "
+            f"{rate[1]:>12}   {hours:>8.3g}   {hours * devices:>9.4g}"
+        )
     yield (
-        f"  as configured {trainer.max_steps} steps of {trainer.batch_size} images:"
-        f" {card.hours(cfg, name, found):.3g} hours on {devices} x {card.name}, at {ACHIEVED:.0%} of"
-        f" {card.peak_tflops} TFLOP/s: computed, not measured"
+        f"  hours are of {trainer.max_steps} steps of {trainer.batch_size} images on {devices} of a card, at"
+        f" {achieved:.0%} of its peak ({CARDS[-1].name}: {CARDS[-1].peak_tflops} TFLOP/s): computed, not measured"
     )
 
 

@@ -1,4 +1,4 @@
-"""The dry run: known counts, what is held by whom, what fits; and the line that a run without memory ends in."""
+"""The plan: known counts, what is held by whom, what fits; and the line that a run without memory ends in."""
 
 import json
 import os
@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtrain.dry_run import report
-from sdtrain.dry_run.estimate import (
+from sdtrain.errors import ConfigError, RunError
+from sdtrain.model.unet import UNet
+from sdtrain.ops.meter import measure
+from sdtrain.plan import report
+from sdtrain.plan.estimate import (
     GIB,
     Estimate,
     _loss,
@@ -21,14 +24,14 @@ from sdtrain.dry_run.estimate import (
     estimate,
     images_at_once,
     load,
+    num_devices,
     optimizer_bytes,
+    strategy_of,
 )
-from sdtrain.dry_run.report import CARDS, advise
-from sdtrain.errors import ConfigError, RunError
-from sdtrain.model.unet import UNet
-from sdtrain.ops.meter import measure
+from sdtrain.plan.report import CARDS, advise
+from sdtrain.plan.sharding import held_bytes
 from sdtrain.session import is_out_of_memory
-from tools.dry_run import main
+from tools.plan import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["+experiment=smoke", "stages=[diffusion]"]
@@ -75,7 +78,7 @@ def built():
 
 @pytest.mark.parametrize(("model", "pixels"), FORWARD)
 def test_forward_work_is_that_of_the_list_of_layers(model, pixels):
-    """The denoiser alone, by what the dry run counts with, within one in a hundred."""
+    """The denoiser alone, by what the plan counts with, within one in a hundred."""
     width = {"unet": 768, "unet_sd21": 1024}[model]
     heads = {"unet": 8, "unet_sd21": [5, 10, 20, 20]}[model]
     with torch.device("meta"):
@@ -98,7 +101,7 @@ def test_a_full_recipe_adds_up():
     other = found.forward_flops["first_stage"] + found.forward_flops["conditioner"]
     assert found.training_flops(False) == pytest.approx(3 * found.forward_flops["model"] + other, rel=0.01)
     assert found.training_flops(True) == pytest.approx(4 * found.forward_flops["model"] + other, rel=0.05)
-    assert [found.fixed_bytes[name] for name in ("weights", "gradients", "optimizer", "EMA", "DDP's buckets")] == [
+    assert [found.fixed_bytes[name] for name in ("weights", "gradients", "optimizer", "EMA", "buckets")] == [
         4 * num,
         4 * num,
         8 * num,
@@ -106,6 +109,8 @@ def test_a_full_recipe_adds_up():
         4 * num,
     ]
     assert found.step_bytes(32, True) < 0.5 * found.step_bytes(32, False)
+    assert found.checkpoint_bytes == 16 * num
+    assert found.latent_bytes == 2 * 4 * 32 * 32 * 2  # mean and standard deviation in 16 bits
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,7 @@ def test_an_optimizer_keeps_what_a_step_of_it_made(overrides, per_value):
 
 def test_what_is_not_configured_takes_nothing(smoke):
     assert smoke.fixed_bytes["EMA"] == smoke.fixed_bytes["weights"] > 0
-    assert smoke.fixed_bytes["DDP's buckets"] == 0
+    assert smoke.fixed_bytes["buckets"] == 0
     assert smoke.forward_flops["first_stage"] == 0  # its latents are cached
 
 
@@ -177,7 +182,7 @@ def test_between_and_beyond_the_runs_memory_lies_on_lines_through_them():
     runs = {True: [(1, 10, 1), (9, 26, 9), (65, 250, 65)]}
     found = Estimate(64, {}, 0, {}, {"weights": 100.0, "frozen weights": 5.0}, runs, True)
     assert [found.step_bytes(n, True) for n in (1, 5, 9, 37, 65, 70)] == [10, 18, 26, 138, 250, 270]
-    assert (found.total_bytes(5, True), found.sharded_bytes) == (123, 100)
+    assert found.total_bytes(5, True) == 123
 
 
 def test_a_card_takes_what_fits_and_no_more(smoke):
@@ -208,13 +213,80 @@ def test_an_encoder_of_no_known_size_is_told():
 
 def test_the_tool_prints_each_stage_and_its_own_exit_codes(capsys, monkeypatch, smoke):
     monkeypatch.setattr(report, "estimate", lambda cfg, name: smoke)
-    assert main(["+experiment=smoke", "devices=2", "accelerator=cpu"]) == 0
+    assert main(["+experiment=smoke", "devices=2", "accelerator=cpu", "optim@diffusion.optim=adamw"]) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"smoke, stage (\w+), 64 px, bf16-mixed", printed) == ["autoencoder", "diffusion"]
-    for word in ("parameters ", "TFLOP forward", "gradients ", "EMA ", "sharded over 2", "141 GB H200", "not measured"):
+    for word in ("parameters ", "TFLOP forward", "a checkpoint", "EMA ", "* ddp", "141 GB H200", "not measured"):
         assert printed.count(word) == 2
+    # Stage 1's Muon is not sharded.
+    assert re.findall(r"  deepspeed_(\w+) ", printed) == ["zero1", "zero2", "zero3", "zero2_offload"]
     assert main(["+experiment=smoke", "sede=1"]) == 2
     assert "did you mean 'seed'" in capsys.readouterr().err
+
+
+def test_the_share_of_the_peak_is_the_users(capsys, monkeypatch, smoke):
+    monkeypatch.setattr(report, "estimate", lambda cfg, name: smoke)
+
+    def gpu_hours(*arguments):
+        assert main([*SMOKE, "diffusion.trainer.max_steps=1000000000", *arguments]) == 0
+        return float(re.search(r"141 GB H200 .* ([\d.]+)\n", capsys.readouterr().out)[1])
+
+    assert gpu_hours("--mfu", "0.2") == pytest.approx(2 * gpu_hours(), rel=0.01)
+    assert main([*SMOKE, "--mfu", "40"]) == 2
+
+
+def test_stage_nodes_count_where_a_cluster_names_them():
+    cfg = load(["+experiment=smoke", "cluster=slurm", "num_nodes=2", "devices=2", "cluster.autoencoder.num_nodes=1"])
+    assert [num_devices(cfg, name) for name in ("autoencoder", "diffusion")] == [2, 4]
+    assert [images_at_once(cfg, name) for name in ("autoencoder", "diffusion")] == [8, 8]
+
+
+WHOLE = {"frozen weights": 5.0, "weights": 400.0, "gradients": 400.0, "optimizer": 800.0, "EMA": 400.0}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("ddp", {**WHOLE, "buckets": 400}),
+        ("deepspeed_zero1", {"weights": 400, "gradients": 400, "master weights": 100, "optimizer": 200, "EMA": 100}),
+        ("deepspeed_zero2", {"weights": 400, "gradients": 100, "master weights": 100, "optimizer": 200, "EMA": 100}),
+        ("deepspeed_zero3", {"weights": 500, "gradients": 100, "master weights": 100, "optimizer": 200, "EMA": 100}),
+        ("deepspeed_zero2_offload", {"weights": 400, "gradients": 0, "master weights": 0, "optimizer": 0, "EMA": 0}),
+    ],
+)
+def test_what_is_sharded_is_a_fourth_on_each_of_four(strategy, expected):
+    """A hundred values in float32."""
+    held = held_bytes(WHOLE, 100, strategy, 4)
+    one = 4 * 200_000_000  # however small the model is
+    buckets = one if strategy == "deepspeed_zero3" else 2 * one
+    assert held == {"frozen weights": 5, "buckets": buckets, **expected}
+
+
+def test_in_sixteen_bits_the_master_is_not():
+    whole = {name: size / 2 for name, size in WHOLE.items()}
+    held = held_bytes(whole, 100, "deepspeed_zero2", 4)
+    assert (held["weights"], held["master weights"], held["optimizer"]) == (200, 100, 200)
+
+
+def test_the_configured_strategy_is_the_one_that_is_counted():
+    named = ["auto", "ddp", "deepspeed_zero1", "deepspeed_zero3", "deepspeed_zero2_offload"]
+    found = [strategy_of(load([*SMOKE, f"strategy={name}"]), "diffusion") for name in named]
+    assert found == ["ddp", *named[1:]]
+    own = [*SMOKE, "+strategy@diffusion.strategy=deepspeed_zero2"]
+    assert strategy_of(load(own), "diffusion") == "deepspeed_zero2"
+
+
+@pytest.mark.parametrize("averages", [["decay=0.99"], ["decay=null", "lengths=[0.05,0.1]"]])
+def test_a_checkpoint_is_as_large_as_it_is_said(train, small, tmp_path, averages):
+    """Within a twentieth, of a model whose state is more than its file heads."""
+    typed = [argument for argument in small if not argument.startswith(("first_stage.", "conditioner."))]
+    typed += ["stages=[diffusion]", "first_stage=identity", "conditioner=none", "model.class_embed_type=null"]
+    typed += ["model.block_out_channels=[64,64]", "diffusion.trainer.max_steps=1"]
+    typed += [f"diffusion.callback.ema.{value}" for value in averages]
+    run = train(tmp_path / "run", base=typed)
+    said = estimate(load(typed), "diffusion").checkpoint_bytes
+    (checkpoint,) = (run / "diffusion" / "checkpoints").glob("step_*")
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) == pytest.approx(said, rel=0.05)
 
 
 def fake(checkpointed=False, optimizer=8 * GIB):
@@ -305,7 +377,7 @@ import os, resource, sys
 from sdtrain.__main__ import leave
 from sdtrain.config import load_config
 from sdtrain.run import run
-import sdtrain.dry_run.report
+import sdtrain.plan.report
 cfg = load_config(sys.argv[1:])
 used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)

@@ -1,0 +1,123 @@
+#!/bin/bash
+# smoke-autoencoder: made by slurm/submit.py from slurm/job.sh. One task a device; every attempt appends to the same log.
+#SBATCH --job-name=smoke-autoencoder
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=8
+#SBATCH --time=60
+#SBATCH --signal=USR1@240
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/runs/run/slurm/autoencoder-%j.log
+#SBATCH --chdir=/here
+#SBATCH --gpus-per-node=2
+
+run=/runs/run
+arguments=(
+    +experiment=smoke
+    cluster=slurm
+    devices=2
+    cluster.python=python
+    cluster.autoencoder.num_nodes=1
+    cluster.autoencoder.time_minutes=60
+    'stages=[autoencoder]'
+    num_nodes=1
+    "output_dir='$run'"
+)
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+
+# The ranks meet at the first node, by the address that Slurm has of it.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node -o "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=$address MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from sbatch
+
+# Each attempt notes the checkpoints that it finds. Two that added none would be followed by such attempts for ever.
+mkdir -p "$run/slurm"
+found=$(cd "$run" && echo */checkpoints/step_????????)
+echo "$job $(date +%s) $found" >>"$run/slurm/attempts"
+attempts=$(grep "^$job " "$run/slurm/attempts")
+if [ "$(tail -n 3 <<<"$attempts" | cut -d " " -f 3- | grep -cxF "$found")" = 3 ]; then
+    echo "stopped: two attempts in a row made no step" >&2
+    exit 1
+fi
+
+echo "attempt $(wc -l <<<"$attempts") of job $job on $SLURM_JOB_NODELIST, $(date +%FT%T)"
+rm -f "$run/REQUEUE" "$run/STOPPED"
+srun --kill-on-bad-exit=1 python -m sdtrain "${arguments[@]}"
+code=$?
+
+# The run saved and left REQUEUE: its time is up. It left STOPPED: it was cancelled, or is preempted, which alone comes back.
+again=0
+[ -e "$run/REQUEUE" ] && again=1
+if [ -e "$run/STOPPED" ]; then
+    case $(scontrol show job -o "$SLURM_JOB_ID") in *JobState=RUNNING*PreemptTime=2*) again=1 ;; esac
+fi
+if [ $again = 1 ]; then
+    scontrol requeue "$job" && sleep 120
+    echo "failed: Slurm refused to requeue this job; send it again" >&2
+    code=1
+fi
+exit $code
+
+#!/bin/bash
+# smoke-diffusion: made by slurm/submit.py from slurm/job.sh. One task a device; every attempt appends to the same log.
+#SBATCH --job-name=smoke-diffusion
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1440
+#SBATCH --signal=USR1@240
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/runs/run/slurm/diffusion-%j.log
+#SBATCH --chdir=/here
+#SBATCH --gpus-per-node=2
+
+run=/runs/run
+arguments=(
+    +experiment=smoke
+    cluster=slurm
+    devices=2
+    cluster.python=python
+    cluster.autoencoder.num_nodes=1
+    cluster.autoencoder.time_minutes=60
+    'stages=[diffusion]'
+    num_nodes=4
+    "output_dir='$run'"
+)
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+
+# The ranks meet at the first node, by the address that Slurm has of it.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node -o "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=$address MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from sbatch
+
+# Each attempt notes the checkpoints that it finds. Two that added none would be followed by such attempts for ever.
+mkdir -p "$run/slurm"
+found=$(cd "$run" && echo */checkpoints/step_????????)
+echo "$job $(date +%s) $found" >>"$run/slurm/attempts"
+attempts=$(grep "^$job " "$run/slurm/attempts")
+if [ "$(tail -n 3 <<<"$attempts" | cut -d " " -f 3- | grep -cxF "$found")" = 3 ]; then
+    echo "stopped: two attempts in a row made no step" >&2
+    exit 1
+fi
+
+echo "attempt $(wc -l <<<"$attempts") of job $job on $SLURM_JOB_NODELIST, $(date +%FT%T)"
+rm -f "$run/REQUEUE" "$run/STOPPED"
+srun --kill-on-bad-exit=1 python -m sdtrain "${arguments[@]}"
+code=$?
+
+# The run saved and left REQUEUE: its time is up. It left STOPPED: it was cancelled, or is preempted, which alone comes back.
+again=0
+[ -e "$run/REQUEUE" ] && again=1
+if [ -e "$run/STOPPED" ]; then
+    case $(scontrol show job -o "$SLURM_JOB_ID") in *JobState=RUNNING*PreemptTime=2*) again=1 ;; esac
+fi
+if [ $again = 1 ]; then
+    scontrol requeue "$job" && sleep 120
+    echo "failed: Slurm refused to requeue this job; send it again" >&2
+    code=1
+fi
+exit $code

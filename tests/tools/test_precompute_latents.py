@@ -1,0 +1,149 @@
+"""The tool that encodes pictures once: alone, killed and started again, on two processes, and in training."""
+
+import importlib.util
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdtrain.data.latent_file import ABOUT, read_about
+from sdtrain.data.shard_writer import write_shards
+
+TOOL = Path(__file__).parents[2] / "tools" / "precompute_latents.py"
+NUM_SHARDS = 12
+
+
+def picture(number):
+    pixels = np.random.default_rng(number).integers(0, 256, (24, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    samples = [
+        {"__key__": f"{number:04d}", "png": picture(number), "txt": f"number {number}".encode()}
+        for number in range(4 * NUM_SHARDS)
+    ]
+    return write_shards(samples, tmp_path / "shards" / "x-%04d.tar", 4)[0].parent
+
+
+@pytest.fixture
+def first_stage(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from sdtrain.first_stage.autoencoder_kl import AutoencoderKL
+
+    torch.manual_seed(0)
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "norm_num_groups": 4}
+    folder = tmp_path / "first" / "vae"
+    folder.mkdir(parents=True)
+    state = {name: tensor.contiguous() for name, tensor in AutoencoderKL.from_diffusers(config).state_dict().items()}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return tmp_path / "first"
+
+
+@pytest.fixture
+def tool(capsys):
+    """tool(arguments) -> (exit code, standard output, standard error), in this process."""
+    spec = importlib.util.spec_from_file_location("precompute_latents", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        capsys.readouterr()
+        return module.main([str(argument) for argument in arguments]), *capsys.readouterr()
+
+    return run
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_latents_are_made_kept_and_verified(tool, first_stage, shards, tmp_path):
+    out = tmp_path / "out"
+    code, printed, error = tool(first_stage, shards, "--out", out)
+    assert (code, printed) == (2, "")
+    assert "--size: nothing in" in error
+    code, printed, _ = tool(first_stage, shards, "--out", out, "--size", 16, "--flips")
+    assert code == 0
+    assert printed.startswith("48 samples")
+    assert f"data.folder={out} data.image_size=16" in printed
+    about = read_about(out)
+    assert (about["image_size"], about["has_flips"], len(about["parts"])) == (16, True, NUM_SHARDS)
+    before = content(out)
+    code, printed, _ = tool(first_stage, shards, "--out", out, "--size", 16, "--flips")
+    assert (code, printed) == (0, f"finished before; {NUM_SHARDS} files are what was written\n")
+    assert content(out) == before
+    (out / "parts" / "000003.bin").write_bytes(b"x")
+    code, _, error = tool(first_stage, shards, "--out", out, "--size", 16, "--flips")
+    assert code == 1
+    assert "000003.bin is damaged" in error
+    code, _, error = tool(first_stage, shards, "--out", out, "--size", 32, "--flips")
+    assert code == 2
+    assert "image_size is 16 there, 32 here" in error
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_on_other_ranks_and_makes_the_same_bytes(tool, first_stage, shards, tmp_path):
+    arguments = [first_stage, shards, "--size", 16, "--out"]
+    assert tool(*arguments, tmp_path / "whole")[0] == 0
+    whole, out = content(tmp_path / "whole"), tmp_path / "out"
+    # Held up by a first part that is written slowly: the process is killed between two parts, not before or after all.
+    slow = (
+        "import runpy, sys, time; from sdtrain.data.latent_file import PartWriter as P; w = P.write\n"
+        "P.write = lambda self, part: (time.sleep(0.3), w(self, part))[1]\n"
+        f"sys.argv = [{str(TOOL)!r}, *sys.argv[1:]]; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, arguments), out], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 240
+        while not (out / "parts" / "000002.json").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = len(list((out / "parts").glob("*.json")))
+    assert 3 <= done < NUM_SHARDS
+    assert not (out / ABOUT).exists()
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOOL)]
+    subprocess.run([*ranks, *map(str, arguments), out], check=True, timeout=300, capture_output=True)
+    assert {name: data for name, data in content(out).items() if "/." not in name} == whole
+
+
+@pytest.mark.slow
+def test_two_ranks_make_what_one_makes(tool, first_stage, shards, tmp_path):
+    arguments = [first_stage, shards, "--size", 16, "--out"]
+    assert tool(*arguments, tmp_path / "one")[0] == 0
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOOL)]
+    subprocess.run([*ranks, *map(str, arguments), tmp_path / "two"], check=True, timeout=300, capture_output=True)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_stage_two_trains_on_them(tool, train, small, tmp_path, capsys):
+    from sdtrain.errors import ConfigError
+
+    run = train(tmp_path / "run", "stages=[autoencoder]")
+    root = next(word for word in small if word.startswith("data.root=")).removeprefix("data.root=")
+    shards, out = next(Path(root).glob("shapes-*")), tmp_path / "out"
+    assert tool(run, *shards.glob("train-*.tar"), "--out", out)[0] == 0
+    base = [word for word in small if not word.startswith(("data.", "autoencoder.", "diffusion.metric"))]
+    base += ["stages=[diffusion]", "data=latents", f"data.folder={out}", f"first_stage.weights={run / 'autoencoder'}"]
+    capsys.readouterr()
+    made = train(tmp_path / "latents", base=base)
+    assert "latents: 16 encoded again, they agree" in capsys.readouterr().out
+    assert "diffusion" in json.loads((made / "summary.json").read_text())
+    other = train(tmp_path / "other", "stages=[autoencoder]", "seed=9")
+    with pytest.raises(ConfigError, match="another first stage: weight_hash"):
+        train(tmp_path / "wrong", f"first_stage.weights={other / 'autoencoder'}", base=base)

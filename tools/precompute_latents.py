@@ -1,0 +1,182 @@
+"""Encode the pictures of shards once, for training with `data=latents data.folder=OUT`.
+
+    python tools/precompute_latents.py FIRST_STAGE SHARDS... --out OUT
+    torchrun --nproc-per-node 8 tools/precompute_latents.py FIRST_STAGE SHARDS... --out OUT      on 8 devices
+
+FIRST_STAGE is a run's directory or a diffusers folder with an autoencoder. Shards are divided among the processes; any
+number of them makes the same files. What is finished is kept: start it again after a stop, on as many as you like, and
+it goes on. Started again when all is done, it checks the files against their checksums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sdtrain.data.index import Index
+    from sdtrain.data.latent_file import Encode
+
+_MOST_PICTURES, _MOST_PIXELS = 128, 1 << 22  # encoded at once
+_LONGEST = timedelta(days=30)  # that one process may need longer than another
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 where all is well, 1 where files are damaged, 2 where the arguments are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first_stage", metavar="FIRST_STAGE", help="see above")
+    parser.add_argument("shards", metavar="SHARDS", nargs="+", help=".tar files, globs in quotes, folders, indexes")
+    parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="made if absent")
+    parser.add_argument("--size", metavar="PIXELS", type=int, help="default: what the first stage was trained on")
+    parser.add_argument("--buckets", metavar="STEP", type=int, help="other shapes too, sides multiples of this")
+    parser.add_argument("--max-ratio", metavar="R", type=float, default=2.0, help="with --buckets: %(default)s")
+    parser.add_argument("--max-upscale", metavar="R", type=float, default=1.0, help="with --buckets: %(default)s")
+    parser.add_argument("--flips", action="store_true", help="the mirrored pictures, too: twice the size")
+    args = parser.parse_args(argv)
+    try:
+        return precompute(args)
+    except (ConfigError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def precompute(args: argparse.Namespace) -> int:
+    """Encode what is missing; the first process puts it together and tells."""
+    import torch
+
+    from sdtrain.data.bucket import Buckets
+    from sdtrain.data.index import build_index, find_shards
+    from sdtrain.data.latent_file import ABOUT, PREPROCESSING, PartWriter, finish, start
+    from sdtrain.stage.latents import identity
+
+    rank, world, barrier = _ranks()
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
+    first_stage, trained_on = load(args.first_stage)
+    if args.size is None and trained_on is None:
+        raise ConfigError(f"--size: nothing in {args.first_stage} says what size it was trained on; give it")
+    size = args.size or trained_on
+    if size % first_stage.down_factor:
+        raise ConfigError(f"--size: {size} is no multiple of {first_stage.down_factor}")
+    buckets = {"step": args.buckets, "max_ratio": args.max_ratio, "max_upscale": args.max_upscale}
+    buckets = buckets if args.buckets else None
+    index = build_index(find_shards(args.shards, "SHARDS"))
+    job = {
+        "v": 1,
+        "first_stage": identity(first_stage),
+        "preprocessing": PREPROCESSING,
+        "image_size": size,
+        "buckets": buckets,
+        "crop": "center",
+        "has_flips": args.flips,
+        "dtype": "float16",
+        "source": index.fingerprint,
+    }
+    if rank == 0:
+        start(args.out, job)
+    barrier()
+    if rank != 0:
+        start(args.out, job)
+    if (args.out / ABOUT).exists():
+        barrier()
+        return check(args.out) if rank == 0 else 0
+    table = Buckets(**buckets).table(size) if buckets else None
+    writer = PartWriter(
+        args.out, index, size, table, encoder(first_stage, device), _pictures_at_once, has_flips=args.flips
+    )
+    write(writer, index, rank, world)
+    barrier()
+    if rank == 0:
+        about = finish(args.out, index, job)
+        left_out = ", ".join(f"{reason} {count}" for reason, count in about["left_out"].items() if count)
+        num_bytes = sum(part["num_bytes"] for part in about["parts"])
+        print(f"{about['num_samples']} samples, {num_bytes / 1e9:.2f} GB; left out: {left_out or 'none'}")
+        print(f"next: data=latents data.folder={args.out} data.image_size={size}")
+    barrier()
+    return 0
+
+
+def load(first_stage: str) -> tuple[nn.Module, int | None]:
+    """The autoencoder of a run or of a diffusers folder, and the size of the pictures it was trained on, if told."""
+    from sdtrain.first_stage.autoencoder_kl import AutoencoderKL
+    from sdtrain.first_stage.manifest import Manifest
+    from sdtrain.first_stage.vq import VQModel
+    from sdtrain.interop.folder import read_config
+    from sdtrain.interop.weights import find, load_first_stage
+
+    file = find(first_stage, "FIRST_STAGE", ("autoencoder/vae", "vae", "vqvae"))
+    try:
+        config = read_config(file.parent / "config.json")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"FIRST_STAGE: {file.parent / 'config.json'} cannot be read: {error}") from error
+    kinds, name = {kind.diffusers_class: kind for kind in (AutoencoderKL, VQModel)}, config.get("_class_name")
+    if name not in kinds:
+        raise ConfigError(f"FIRST_STAGE: {file.parent} is of a {name}, not of {' or '.join(kinds)}")
+    # A scale that is null is the manifest's to say; what is stored here is not scaled.
+    network = kinds[name].from_diffusers({k: v for k, v in config.items() if (k, v) != ("scaling_factor", None)})
+    manifest = load_first_stage(network, str(file.parent))
+    return network.eval().requires_grad_(False), None if manifest is None else Manifest.load(manifest).image_size
+
+
+def encoder(first_stage: nn.Module, device: torch.device | str) -> Encode:
+    """Pictures uint8 (B, H, W, 3) to mean and std (B, 2, C, h, w) in float16."""
+    import numpy as np
+    import torch
+
+    from sdtrain.data.reader import to_float
+
+    first_stage.to(device)
+
+    @torch.no_grad()
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        return torch.stack(first_stage.encode(to_float(pixels).to(device)), dim=1).half().cpu().numpy()
+
+    return encode
+
+
+def write(writer: Any, index: Index, rank: int, world: int) -> None:  # noqa: ANN401 a PartWriter
+    """This process's parts, with a bar on the first one's standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    parts = range(rank, len(index.shards), world)
+    bar = track(parts, "encoding shards", console=Console(stderr=True), transient=True) if rank == 0 else parts
+    for part in bar:
+        writer.write(part)
+
+
+def check(out: Path) -> int:
+    """Say which files are not what was written."""
+    from sdtrain.data.latent_file import find_damage, read_about
+
+    damaged = find_damage(out)
+    for path in damaged:
+        print(f"{path} is damaged; remove it, its .json and {out / 'latents.json'}, and start again", file=sys.stderr)
+    print(f"finished before; {len(read_about(out)['parts']) - len(damaged)} files are what was written")
+    return 1 if damaged else 0
+
+
+def _pictures_at_once(height: int, width: int) -> int:
+    return max(1, min(_MOST_PICTURES, _MOST_PIXELS // (height * width)))
+
+
+def _ranks() -> tuple[int, int, Any]:
+    """Rank, world size, and what waits for the others."""
+    from torch import distributed
+
+    if not distributed.is_torchelastic_launched():
+        return 0, 1, nullcontext
+    distributed.init_process_group("gloo", timeout=_LONGEST)
+    return distributed.get_rank(), distributed.get_world_size(), distributed.barrier
+
+
+if __name__ == "__main__":
+    sys.exit(main())
