@@ -1,0 +1,140 @@
+"""Measure a run by a named protocol: draw its pictures, and compare their features with a reference's.
+
+python tools/evaluate.py RUN [--protocol quick] [--num-images N] [--guidance 1.5 3 7.5] [--prompts FILE] [--reference
+DIR] [--devices 2]
+
+A protocol is a file of configs/evaluation/. Everything a figure depends on is written beside it, in RUN/eval/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from sdtrain.interop.evaluation import Evaluation
+
+KEYS = {"source", "num_images", "split", "guidance", "batch", "num_kept", "extractors", "metric"}
+CHANGEABLE = ("num_images", "guidance", "split", "sampler", "num_steps", "seed", "weights")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the figures and the path of their file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a run")
+    parser.add_argument("--protocol", default="quick", help="of configs/evaluation/, or a file; default: %(default)s")
+    parser.add_argument("--metric", nargs="+", metavar="NAME", help="these of the protocol's alone")
+    parser.add_argument("--num-images", metavar="N", type=int, help="default: the protocol's")
+    parser.add_argument("--guidance", metavar="SCALE", type=float, nargs="+", help="default: the protocol's")
+    parser.add_argument("--split", help="of the run's data, for captions and reference; default: the protocol's")
+    parser.add_argument("--prompts", metavar="FILE", type=Path, help="captions, one a line, instead of the split's")
+    parser.add_argument("--sampler", metavar="NAME", help="one of configs/sampler/; default: the run's")
+    parser.add_argument("--num-steps", metavar="N", type=int, help="of the sampler; default: the run's")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--weights", default="ema", help="ema, raw, or a file of tools/ema.py; default: %(default)s")
+    parser.add_argument("--reference", metavar="DIR", type=Path, help="stored moments instead of the split's pictures")
+    parser.add_argument("--write-reference", metavar="DIR", type=Path, help="store the split's moments for later")
+    parser.add_argument("--devices", metavar="N", type=int, default=1, help="processes; default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.devices > 1 and "RANK" not in os.environ:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.devices}", __file__]
+        return subprocess.run([sys.executable, *launch, *(sys.argv[1:] if argv is None else argv)]).returncode
+    try:
+        path = evaluate(args)
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if path is not None:
+        for result in json.loads(path.read_text())["results"]:
+            print(json.dumps(result))
+        print(path)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> Path | None:
+    """The file that was written; None on every rank but the first."""
+    protocol = read_protocol(args)
+    prompts = None if args.prompts is None else read_prompts(args.prompts)
+
+    from sdtrain.interop.evaluation import Evaluation, Ranks  # heavy: after what can be told at once
+
+    with Ranks.joined() as ranks:
+        evaluation = Evaluation.load(args.run, protocol, prompts, ranks)
+        evaluation.refer(args.reference, args.write_reference)
+        results = [evaluation.measure(scale) for scale in protocol["guidance"]]
+        return write(args.run, evaluation, results) if ranks.rank == 0 else None
+
+
+def read_protocol(args: argparse.Namespace) -> dict[str, Any]:
+    """The protocol's file, with what the command line changes."""
+    import yaml
+
+    from sdtrain.config import config_directory
+
+    folder = config_directory() / "evaluation"
+    file = Path(args.protocol)
+    if not file.is_file():
+        file = folder / f"{args.protocol}.yaml"
+    if not file.is_file():
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError(f"--protocol: {args.protocol!r} is neither a file nor one of {names}")
+    protocol = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(protocol, dict) or set(protocol) - {"perceptual"} != KEYS:
+        raise ConfigError(f"--protocol: {file} must have exactly the keys {', '.join(sorted(KEYS))}")
+    given = {name: getattr(args, name) for name in CHANGEABLE}
+    changed = {name: value for name, value in given.items() if value is not None}
+    protocol = {"protocol": file.stem, **dict.fromkeys(CHANGEABLE), **protocol, **changed}
+    if protocol["num_images"] < 2:
+        raise ConfigError(f"--num-images: {protocol['num_images']} pictures have no moments; give at least 2")
+    if args.metric:
+        asked = {key: [n for n in names if n in args.metric] for key, names in protocol["metric"].items()}
+        missing = set(args.metric) - {name for names in asked.values() for name in names}
+        if missing:
+            raise ConfigError(f"--metric: {file.name} measures no {', '.join(sorted(missing))}")
+        protocol["metric"] = {key: names for key, names in asked.items() if names}
+    return protocol
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines that are not empty."""
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not prompts:
+        raise ConfigError(f"--prompts: {file} holds no prompt")
+    return prompts
+
+
+def write(run: Path, evaluation: Evaluation, results: list[dict[str, Any]]) -> Path:
+    """RUN/eval/PROTOCOL_STEP_HASH.json, whose hash is the protocol's, and a row of the run's metrics.jsonl."""
+    from sdtrain.tracker.jsonl import JsonlTracker
+
+    told = evaluation.told()
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    name = f"{told['protocol']}_step_{told['step']:08d}_{digest[:8]}"
+    path = run / "eval" / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"protocol": told, "results": results}, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+    tracker = JsonlTracker(run / "metrics.jsonl")
+    for result in results:
+        tracker.log({"event": "evaluation", "stage": "evaluation", "step": told["step"], "eval": name, **result})
+    tracker.finish({})
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
