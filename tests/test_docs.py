@@ -41,6 +41,9 @@ NOT_RUN = {
     "python -m pip install": "a download: .ci/run begins with it, as make test",
     "wandb leet": "a screen for a terminal",
     "python slurm/status.py": "it wants jobs: tests/slurm/test_status.py",
+    "python tools/evaluate.py": "it wants a run: tests/tools/test_evaluate.py",
+    "python tools/compare.py": "it wants runs: tests/tools/test_compare.py",
+    "python tools/precompute_latents.py": "it wants a run: tests/tools/test_precompute_latents.py",
     "python tools/ema.py": "it wants a run with power-function averages: tests/tools/test_ema.py",
 }
 

@@ -81,7 +81,7 @@ def config_page() -> str:
         "Made by `tools/build_docs.py` from `sdtrain/config.py`, `configs/` and the constructors; a test fails where",
         "it is stale. In configs: the value in the first of the group's files that names the key, … where others",
         "differ. A key that no file names has the default, and is added with a plus:",
-        "`+diffusion.callback.checkpoint.keep_last=5`.",
+        "`+model.dropout=0.1`.",
         "",
     ]
     for heading, rows in sections():
