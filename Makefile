@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: venv quickstart smoke test lint
+.PHONY: venv quickstart smoke test test-slow lint
 
 venv: .venv/.installed
 
@@ -21,7 +21,10 @@ smoke: venv
 	$(BIN)/python -m sdtrain +experiment=smoke $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not slurm" $(ARGS)
+
+test-slow: venv
+	$(BIN)/python -m pytest -m "not gpu and (slow or slurm)" $(ARGS)
 
 lint: venv
 	$(BIN)/python -m ruff check .

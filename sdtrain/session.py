@@ -46,6 +46,8 @@ class Session:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        # `check_slurm` tells where srun is missing; that it exists, as on a login node, is no news.
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
         self.cfg = cfg
         self.directory = Path(cfg.output_dir).expanduser().resolve()
         self.rank = ending.global_rank()
