@@ -11,7 +11,7 @@ from sdtrain.callback.checkpoint import Checkpoint
 from sdtrain.callback.evaluate import Evaluate
 from sdtrain.checkpoint.commit import commit, read_manifest, verify
 from sdtrain.checkpoint.files import read
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, RunError
 
 toy = runpy.run_path(str(Path(__file__).parents[1] / "fault" / "toy_run.py"))
 fit, state_hash = toy["fit"], toy["state_hash"]
@@ -170,6 +170,24 @@ def test_training_goes_on_while_it_is_saved(tmp_path, monkeypatch):
     assert events[0]["step"] == 2
     assert events[0]["stall_seconds"] < 0.1 < 0.5 < events[0]["seconds"]
     assert events[0]["bytes"] > 0
+
+
+def test_a_stop_waits_for_what_is_saved_in_the_background(tmp_path, monkeypatch):
+    def slow(*args, **kwargs):
+        time.sleep(0.3)
+        return commit(*args, **kwargs)
+
+    class Stopping(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                checkpoint.save(trainer)
+                verify(tmp_path / "toy" / "checkpoints" / "step_00000002")
+                raise RunError("stopped", 75)
+
+    monkeypatch.setattr("sdtrain.checkpoint.commit.commit", slow)
+    checkpoint = Checkpoint(2, in_background=True)
+    with pytest.raises(RunError, match="stopped"):
+        fit(tmp_path, saving=[checkpoint, Stopping()])
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -115,11 +116,13 @@ def test_a_rank_that_holds_up_the_other_is_named_and_both_are_gone(tmp_path, nam
     options = {"directory": str(tmp_path), "devices": 2, "strategy": "ddp", "every_steps": 100, "hang_seconds": 2}
     command = [sys.executable, SCRIPT, json.dumps(options | {"fault": fault})]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     try:
         printed, _ = process.communicate(timeout=90)  # the pipe closes with the last rank
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     said = json.loads((tmp_path / "exit.json").read_text())
     assert said["exit_code"] == 77, printed
     assert said["reason"].startswith(expected), said

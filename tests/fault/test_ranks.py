@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,9 @@ def launch(small):
 
     yield begin
     for process in processes:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # all that it started, also where it is gone itself
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.communicate()
 
 
 def finish(process, directory, code=0):

@@ -260,7 +260,10 @@ def test_the_discriminators_first_step_is_one_learning_rate_long(autoencoder, ob
     def step(number):
         optimizer.zero_grad()
         objective.loss(autoencoder, IMAGE, DRAW, number)["loss"].backward()
-        objective.update_adaptive_weight(lambda x: x)
+        took_part = objective.update_adaptive_weight(lambda x: x)
+        assert took_part == (number >= START)
+        for p in learned if not took_part else ():  # as the stage does, or its strategy
+            p.grad = None
         optimizer.step()
         return [p.detach().clone() for p in learned]
 

@@ -1,10 +1,87 @@
 """What the stages share."""
 
-import pytest
+from types import SimpleNamespace
 
-from sdtrain.stage.base import images_at_once
+import pytest
+import torch
+from torch import nn
+
+from sdtrain.contracts import Context
+from sdtrain.stage.base import Stage, images_at_once
 
 
 @pytest.mark.parametrize(("image_size", "expected"), [(64, 128), (256, 64), (512, 16), (1024, 4), (4096, 1)])
 def test_large_pictures_are_taken_few_at_once(image_size, expected):
     assert images_at_once(128, image_size) == expected
+
+
+class TwoParts(Stage):
+    def __init__(self, clip_norm):
+        super().__init__(Context("toy", None, None, None, 0, 4, 10), None, clip_norm)
+        self.large, self.small = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def parts(self):
+        return {"large": list(self.large.parameters()), "small": list(self.small.parameters())}
+
+    def give_gradients(self):
+        for p in self.parameters():
+            p.grad = torch.full_like(p, 10.0 if any(p is q for q in self.large.parameters()) else 0.01)
+
+
+@pytest.fixture
+def two_parts():
+    def make(clip_norm):
+        stage = TwoParts(clip_norm)
+        stage.trainer = SimpleNamespace(strategy=SimpleNamespace())
+        stage.give_gradients()
+        return stage
+
+    return make
+
+
+def norm(module):
+    return float(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
+
+
+def test_each_part_is_clipped_by_its_own_norm(two_parts):
+    stage = two_parts(1.0)
+    stage.configure_gradient_clipping(None)
+    assert norm(stage.large) == pytest.approx(1.0, rel=1e-4)
+    assert norm(stage.small) == pytest.approx(0.01 * 12**0.5)
+    assert float(stage._sums["grad_norm/large"]) == pytest.approx(10 * 12**0.5)
+
+
+def test_nothing_is_clipped_before_the_last_micro_batch_or_without_a_norm(two_parts):
+    stage = two_parts(1.0)
+    stage.is_last_micro = False
+    stage.configure_gradient_clipping(None)
+    assert norm(stage.large) == pytest.approx(10 * 12**0.5)
+    stage = two_parts(None)
+    stage.configure_gradient_clipping(None)
+    assert norm(stage.large) == pytest.approx(10 * 12**0.5)
+
+
+def test_a_part_that_is_idle_gives_the_optimizer_nothing(two_parts):
+    stage = two_parts(1.0)
+    stage.idle_parts = ("small",)
+    stage.configure_gradient_clipping(None)
+    assert all(p.grad is None for p in stage.small.parameters())
+    assert set(stage._sums) == {"grad_norm/large"}
+
+
+def test_a_strategy_that_keeps_the_gradients_clips_them(two_parts):
+    stage = two_parts(1.0)
+    stage.idle_parts = ("small",)
+    asked = []
+    stage.trainer.strategy.clip = lambda *told: asked.append(told) or {"large": torch.tensor(5.0)}
+    stage.configure_gradient_clipping(None)
+    assert asked == [(1.0, ("small",))]
+    assert float(stage._sums["grad_norm/large"]) == 5.0
+
+
+def test_what_is_noted_is_what_it_was_then(two_parts):
+    stage = two_parts(1.0)
+    value = torch.tensor(1.0)
+    stage.note(value=value)
+    value.fill_(2.0)
+    assert float(stage._sums["value"]) == 1.0
