@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sdtrain.contracts import Context
+from sdtrain.optim.adamw import AdamW
 from sdtrain.stage.base import Stage, images_at_once
 
 
@@ -17,7 +18,7 @@ def test_large_pictures_are_taken_few_at_once(image_size, expected):
 
 class TwoParts(Stage):
     def __init__(self, clip_norm):
-        super().__init__(Context("toy", None, None, None, 0, 4, 10), None, clip_norm)
+        super().__init__(Context("toy", None, None, None, 0, 4, 10), AdamW(), clip_norm)
         self.large, self.small = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def parts(self):
@@ -33,6 +34,7 @@ def two_parts():
     def make(clip_norm):
         stage = TwoParts(clip_norm)
         stage.trainer = SimpleNamespace(strategy=SimpleNamespace())
+        stage.configure_optimizers()
         stage.give_gradients()
         return stage
 
