@@ -36,7 +36,7 @@ def run_by(command, small, tmp_path):
     ("launcher", "overrides"),
     [
         ([], ["strategy=deepspeed_zero2", "+strategy@diffusion.strategy=deepspeed_zero3", "precision=bf16-mixed"]),
-        (["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"], ["strategy=deepspeed_zero1"]),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], ["strategy=deepspeed_zero1"]),
     ],
     ids=["plain", "torchrun"],
 )
