@@ -236,7 +236,7 @@ class DeepSpeed(DeepSpeedStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         (saved,) = checkpoint["optimizer_states"]
-        with torch.no_grad():
+        with torch.no_grad():  # the weights have come with the module, but for a second fit under stage 3
             for name, shard in self.shards.items():
                 shard.tensor.copy_(zero.cut(shard, checkpoint["state_dict"][name]))
             zero.load_optimizer_state(self.model.optimizer, self.shards, saved)
