@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +14,7 @@ from typing_extensions import override
 from sdtrain.callback.every import EverySteps
 from sdtrain.callback.straggler import Straggler
 from sdtrain.callback.watchdog import Watchdog
+from sdtrain.ops.memory import peak_memory_bytes
 
 
 @contextmanager
@@ -134,8 +133,7 @@ def _learning_rates(trainer: Trainer) -> list[tuple[str, Any]]:
 
 
 def _peak_memory_bytes(trainer: Trainer) -> dict[str, int]:
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"peak_memory_bytes": peak_memory_bytes()}
     if trainer.strategy.root_device.type == "cuda":
         peak["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.strategy.root_device)
     return peak

@@ -327,19 +327,20 @@ def test_bomb_is_refused_by_its_header(size):
 def test_bombs_take_no_memory():
     """Real ones, whole, that would be 268 MB and more of pixels."""
     code = """
-import io, resource, sys
+import io, sys
 from PIL import Image
 from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.decode import decode_image
+from sdtrain.ops.memory import peak_memory_bytes
 data = sys.stdin.buffer.read()
 decode_image(data[:int(sys.argv[1])], 32, 32)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_bytes()
 for start, stop in zip(map(int, sys.argv[1:]), map(int, sys.argv[2:])):
     try:
         decode_image(data[start:stop], 32, 32)
     except BadSample as bad:
         print(bad.reason)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print((peak_memory_bytes() - before) >> 20)
 """
     whole = [encode(scene(640, 480), "JPEG")]
     whole += [encode(Image.new("1", (side, side)), "PNG") for side in (8_200, 16_000)]

@@ -243,10 +243,11 @@ class Bomb:
 
 
 ATTACK = """
-import resource, sys
+import sys
 from pathlib import Path
 from sdtrain.data.index import build_index
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from sdtrain.ops.memory import peak_memory_bytes
+before = peak_memory_bytes()
 for path in map(Path, sys.argv[1:]):
     try:
         index = build_index([path])
@@ -254,7 +255,7 @@ for path in map(Path, sys.argv[1:]):
         print(*(loss.note for loss in index.losses if loss.reason == "forbidden_suffix"))
     except ValueError as error:
         print(path.name, error)
-print("grew", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print("grew", (peak_memory_bytes() - before) >> 20)
 """
 
 

@@ -7,7 +7,6 @@ The limit beside each figure is what no plan of this kind can do without: two ra
 
 from __future__ import annotations
 
-import resource
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from timing import machine
 from sdtrain.data.bucket import Buckets
 from sdtrain.data.order import Order, permutation
 from sdtrain.data.plan import BLOCK_SAMPLES, START, Layout, Plan
+from sdtrain.ops.memory import peak_memory_bytes
 
 _NUM_SAMPLES, _BATCH, _CELL, _NUM_BLOCKS = 100_000_000, 2048, 16, 8
 
@@ -92,7 +92,7 @@ def main() -> None:
         tracemalloc.stop()
         print(f"{name:40}{taken:8.3f}{least * plan.pool_samples / 1e6:8.3f}{peak:8.0f}")
     print(f"\nbuckets of all, once at start {seconds_of(lambda: table.sort_out(side), 1):.1f} s")
-    print(f"peak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB, of them sides 800")
+    print(f"peak resident {peak_memory_bytes() / 2**20:.0f} MiB, of them sides 800")
 
 
 if __name__ == "__main__":
