@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sdtrain.contracts import Posterior
@@ -60,7 +59,7 @@ class _Half(nn.Module):
         super().__init__()
         self.gradient_checkpointing = False
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
-        self.conv_norm_out = GroupNorm(groups, last, 1e-6)
+        self.conv_norm_out = GroupNorm(groups, last, 1e-6, silu=True)
         self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
 
     def _run(self, x: Tensor, *levels: _Mid | _Level) -> Tensor:
@@ -73,7 +72,7 @@ class _Half(nn.Module):
         return self.conv_out(x)
 
     def _activation(self, x: Tensor) -> Tensor:
-        return F.silu(self.conv_norm_out(x))
+        return self.conv_norm_out(x)
 
 
 class Encoder(_Half):

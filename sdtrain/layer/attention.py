@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.layer.conv import Conv1x1
+from sdtrain.layer.kernels import geglu
 from sdtrain.layer.norm import GroupNorm
 
 
@@ -22,13 +23,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attend` with all scores in memory at once."""
-    shape = (*q.shape[:3], k.shape[2])
+    """`attend` with all scores in memory at once.
+
+    Keys are filled up to a multiple of 32: torch's softmax in bfloat16 takes 5 times as long over 24 as over 32.
+    """
+    shape, num_missing = q.shape[:3], -k.shape[2] % 32
+    if num_missing and mask is None:
+        mask = q.new_ones((1, 1, 1, k.shape[2]), dtype=torch.bool)
     if mask is None:
         bias = q.new_zeros(1)
     else:  # the least there is, not minus infinity: nothing to attend to must not be NaN
         bias = q.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        bias = F.pad(bias, (0, num_missing), value=-torch.inf)
         bias = bias.expand(*shape[:2], -1, -1).flatten(0, 1)  # (B heads, 1 or L, M)
+        k, v = (F.pad(y, (0, 0, 0, num_missing)) for y in (k, v))
     q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (B heads, L, D)
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=int(mask is not None), alpha=q.shape[2] ** -0.5)
     return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v).unflatten(0, shape[:2])  # (B, heads, L, D)
@@ -85,8 +93,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, inner * 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):

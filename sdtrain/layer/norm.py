@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from sdtrain.layer.kernels import group_norm
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` (Wu and He 2018), in float32 on a CPU, there and back: 1.2 times as fast as torch's bfloat16
-    channels-last kernel (`tools/bench/group_norm.py`). Elsewhere torch decides, whose autocast on
-    CUDA takes float32 too.
+    """`nn.GroupNorm` (Wu and He 2018), and the SiLU behind it if wanted, in one pass on a CPU (`layer/kernels.py`).
 
-    (B, C, H, W) channels-last -> channels-last, also where torch answers NCHW (CUDA, until August 2026).
+    (B, C, H, W) channels-last -> channels-last, also where torch answers NCHW (CUDA, until August 2026). Where autocast
+    is on, the answer has its dtype on a CPU; elsewhere torch decides, whose autocast on CUDA takes float32.
     """
 
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, silu: bool = False) -> None:
+        super().__init__(num_groups, num_channels, eps)
+        self.silu = silu
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            x = x.float()
-            if self.weight.requires_grad and not x.requires_grad:
-                # torch 2.13 segfaults in the channels-last backward without a gradient for x
-                x = x.detach().requires_grad_()
-        y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return y.contiguous(memory_format=torch.channels_last)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)

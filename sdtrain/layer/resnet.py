@@ -32,11 +32,11 @@ class ResnetBlock(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps, silu=True)
         self.conv1 = Conv3x3(in_channels, out_channels)
         if time_embed_dim is not None:
             self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
-        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps, silu=True)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
         if zero_init:
@@ -47,10 +47,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), temb (B, T) after its SiLU -> (B, C', H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(self.norm2(h)))
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C', H, W)
         return x + h

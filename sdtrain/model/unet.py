@@ -136,7 +136,7 @@ class UNet(nn.Module):
         mid_attends = MID_BLOCKS[_one_of("mid_block_type", mid_block_type, MID_BLOCKS)]
         self.mid_block = None if mid_attends is None else maker.mid(shapes[-1], mid_attends)
         self.up_blocks = maker.up(shapes, skips)
-        self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps)
+        self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps, silu=True)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # predicts zero at first (Ho et al. 2020)
         nn.init.zeros_(self.conv_out.bias)
@@ -227,7 +227,7 @@ class UNet(nn.Module):
                 x = self._block(level, j, x, skips.pop(), *told)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def _block(self, level: Level, *inputs: Any) -> Tensor:  # noqa: ANN401 as Level.forward takes them
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -74,4 +74,4 @@ def test_checkpointing_keeps_one_tensor_a_block_and_nothing_when_nothing_is_lear
         kept[checkpointing] = total
         with torch.no_grad():
             assert network.decode(network.encode(x).mean).shape == x.shape
-    assert kept[True] < 0.3 * kept[False]
+    assert kept[True] < 0.35 * kept[False]
