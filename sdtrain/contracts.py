@@ -22,6 +22,9 @@ class Batch(TypedDict, total=False):
     image: Tensor  # (B, 3, H, W) float32 in [-1, 1]; absent where `latent` stands
     latent: Tensor  # (B, 2, C, h, w) float16: posterior mean and standard deviation, unscaled
     caption: list[str]  # "" is the unconditional caption
+    text_states: Tensor  # (B, L, D) float16: what a frozen text encoder made of the captions, where that was stored
+    text_mask: Tensor  # (B, L) bool, which of them are no padding
+    text_pooled: Tensor  # (B, D) float16
     key: list[str]  # "shard/key", for people
     attributes: list[dict[str, Any] | None]  # the sample's .json member
     sample_id: Tensor  # (B,) int64, the sample's stable number in the index
@@ -119,7 +122,14 @@ class Tracker(Protocol):
     """Where numbers and pictures go. Only rank 0 holds one that writes."""
 
     def log(self, row: Mapping[str, Any]) -> None: ...
-    def image(self, name: str, path: Path, step: int, captions: Sequence[str] = ()) -> None: ...
+    def image(
+        self,
+        name: str,
+        path: Path,  # of the grid
+        step: int,
+        captions: Sequence[str] = (),
+        pictures: Any = None,  # numpy uint8 (N, H, W, 3), one a caption
+    ) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 
 

@@ -18,7 +18,14 @@ from sdtrain.ops.compile import compile_regions
 from sdtrain.session import Session, barrier
 from sdtrain.stage.autoencoder import AutoencoderStage
 from sdtrain.stage.diffusion import DiffusionStage
-from sdtrain.stage.latents import cache_latents, check_latents, has_latents, measure_latents
+from sdtrain.stage.latents import (
+    cache_latents,
+    check_latents,
+    has_latents,
+    latent_figures,
+    measure_latents,
+    use_stored_text,
+)
 from sdtrain.stage.recognition import RecognitionStage, vocabulary
 from sdtrain.tracker.report import write_report
 
@@ -82,7 +89,7 @@ def run_autoencoder(session: Session) -> None:
         if session.is_first:
             save_first_stage(first_stage, cfg.first_stage, stage.context.directory)
             manifest.save(stage.context.directory / "manifest.json")
-    session.write_summary("autoencoder", summary | {"weight_hash": manifest.weight_hash}, started)
+    session.write_summary("autoencoder", summary | latent_figures(manifest), started)
 
 
 def run_recognition(session: Session) -> Path:
@@ -151,6 +158,7 @@ def prove_latents(session: Session, stage: DiffusionStage, data: L.LightningData
     Raises:
         ConfigError: naming the field, the sample, or what asks for pictures that are gone.
     """
+    use_stored_text(stage.conditioner, data)
     num = check_latents(stage.first_stage, data, session.cfg.seed)
     if num == 0 and "memorisation" in stage.metric:
         raise ConfigError(

@@ -25,12 +25,14 @@ from omegaconf import DictConfig
 from sdtrain.build import build
 from sdtrain.callback import ending
 from sdtrain.callback.guard import Rollback
+from sdtrain.callback.log import Log
+from sdtrain.callback.mfu import MFU
 from sdtrain.checkpoint.commit import find_resume
 from sdtrain.continuation import check_continuation, config_hash, resolve_and_redact, write_config
 from sdtrain.contracts import Context
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.ops.memory import keep_freed_memory
-from sdtrain.stage.base import Stage
+from sdtrain.stage.base import Stage, num_values
 from sdtrain.strategy.commit_io import CommitIO
 from sdtrain.strategy.slurm import check_slurm
 from sdtrain.tracker.fanout import Fanout
@@ -142,6 +144,7 @@ class Session:
         if self.is_first:
             self.tracker.start(self.directory, self.cfg.name, context.stage, resolve_and_redact(self.cfg))
         context.data_fingerprint = data.fingerprint
+        stage.flops_per_image = self._count_flops(context.stage, section)
         resume = self._resume(context)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
@@ -161,15 +164,29 @@ class Session:
         trained = time.monotonic()
         with stage.averaged_weights():
             summary = stage.finish()
+        for callback in trainer.callbacks:
+            summary |= callback.summary() if isinstance(callback, Log | MFU) else {}
         return summary | {
             "steps": trainer.global_step,
             "images": stage.images_seen,
-            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in stage.parameters()),  # ZeRO-3's are in pieces
+            "parameters": sum(map(num_values, stage.parameters())),
             "data": data.accounting(),
             "world_size": trainer.world_size,
             "strategy": type(trainer.strategy).__name__,
             "seconds": {"fit": round(trained - started, 1), "evaluation": round(time.monotonic() - trained, 1)},
         }
+
+    def _count_flops(self, name: str, section: DictConfig) -> float:
+        """Of training on an image, for the rank that writes rows; 0 where nothing reads it, or it cannot be known."""
+        if not self.is_first or not section.callback.get("mfu") or name not in self.cfg:
+            return 0.0
+        try:
+            from sdtrain.plan.estimate import training_flops
+
+            return training_flops(self.cfg, name)
+        except Exception as error:  # a part that does not run without numbers is no reason not to train
+            print(f"{name}: no MFU, its FLOPs could not be counted: {error}", flush=True)
+            return 0.0
 
     def _resume(self, context: Context) -> str:
         """`must` asks the run to go on, not that its next stage has begun: after a finished one that starts anew."""

@@ -30,7 +30,7 @@ diffusion.metric.caption_match.num_captions=2
 
 # Without what looks at the weights and does not change them.
 BLIND = [
-    f"{stage}.callback.{name}=null" for stage in ("autoencoder", "diffusion") for name in ("samples", "evaluate")
+    f"{stage}.callback.{name}=null" for stage in ("autoencoder", "diffusion") for name in ("samples", "evaluate", "mfu")
 ] + ["diffusion.metric.caption_match=null", "diffusion.metric.memorisation=null"]
 
 

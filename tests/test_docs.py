@@ -43,6 +43,7 @@ NOT_RUN = {
     "python slurm/status.py": "it wants jobs: tests/slurm/test_status.py",
     "python tools/evaluate.py": "it wants a run: tests/tools/test_evaluate.py",
     "python tools/compare.py": "it wants runs: tests/tools/test_compare.py",
+    "python tools/dashboard.py": "it wants a run: tests/tools/test_dashboard.py",
     "python tools/precompute_latents.py": "it wants a run: tests/tools/test_precompute_latents.py",
     "python tools/ema.py": "it wants a run with power-function averages: tests/tools/test_ema.py",
 }

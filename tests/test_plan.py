@@ -27,6 +27,7 @@ from sdtrain.plan.estimate import (
     num_devices,
     optimizer_bytes,
     strategy_of,
+    training_flops,
 )
 from sdtrain.plan.report import CARDS, advise
 from sdtrain.plan.sharding import held_bytes
@@ -138,6 +139,14 @@ def one_image(overrides, name="diffusion"):
     cfg, forward = load(overrides), {}
     stage = build_stage(cfg, name)
     return measure(partial(_loss, stage, cfg[name], 1, 64, forward), torch.bfloat16), forward
+
+
+def test_what_a_run_counts_leaves_out_what_checkpointing_does_again(smoke):
+    before = torch.get_rng_state()
+    flops = training_flops(load([*SMOKE, "conditioner=none", "+model.gradient_checkpointing=true"]), "diffusion")
+    assert flops == smoke.training_flops(False) * smoke.runs[False][0][0] == smoke.runs[False][0][2]
+    assert flops == pytest.approx(3 * smoke.forward_flops["model"], rel=0.01)  # all that runs here learns
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_second_stage_reads_pictures_where_latents_are_not_cached():

@@ -84,6 +84,12 @@ def test_every_step_has_its_row(finished):
     assert figures["val/psnr"] == summary(finished)["autoencoder"]["psnr"]
     (figures,) = [row for row in rows(finished, stage="diffusion") if "val/loss" in row]
     assert figures["val/loss"] == summary(finished)["diffusion"]["loss"]
+    assert figures["val/x0_error"] == summary(finished)["diffusion"]["x0_error"] != figures["val_raw/x0_error"]
+    assert sum(name.startswith("val_raw/x0_error_at/t") for name in figures) == 8
+    for row in steps:  # of the diffusion
+        seen = [value for name, value in row.items() if name.startswith("loss_at/")]
+        assert min(seen) <= row["loss"] <= max(seen)
+        assert row["mfu"] > 0
 
 
 def test_the_summary(finished):
@@ -104,6 +110,11 @@ def test_the_summary(finished):
     assert match["ceiling"]["one"]["all"] == 1
     assert found["diffusion"]["memorisation"]["ratio"] > 0
     assert {found[stage]["steps"] for stage in STAGES} == {4}
+    for stage in STAGES:
+        assert found[stage]["looking"]["seconds"].keys() >= {"validation", "samples", "save"}
+        assert 0 < found[stage]["looking"]["share"] < 1
+        assert found[stage]["mfu"] > 0
+        assert found[stage]["peak_flops"] == found[stage]["matmul_peak_flops"] > 1e8
 
 
 # A seed is a run

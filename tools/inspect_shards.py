@@ -1,6 +1,6 @@
 """What is in some shards: counts, sizes, shapes, captions, repeats, what was left out; and a sheet of samples.
 
-python tools/inspect_shards.py SHARDS... [--sheet OUT.png] [--filter "aesthetic >= 5"]
+python tools/inspect_shards.py SHARDS... [--sheet OUT.png] [--filter "aesthetic >= 5"] [--latents RUN]
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.caption import clean_caption
 from sdtrain.data.decode import decode_image
 from sdtrain.data.filter import apply
-from sdtrain.data.index import ABSENT, CAPTION, IMAGE, Index, build_index, find_shards
+from sdtrain.data.index import Index, build_index, find_shards
+from sdtrain.data.layout import ABSENT, CAPTION, IMAGE
 from sdtrain.data.manifest import merge_losses
 from sdtrain.data.storage import Storage
 from sdtrain.errors import ConfigError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 CELL, GROUND, COLUMNS = 192, 236, 6  # of the sheet: pixels, grey level, pictures in a row
 BAR = 28
+ENCODED = 1024  # pictures, for --latents
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,12 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num", metavar="N", type=int, default=24, help="samples on the sheet; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of which they are; default: %(default)s")
     parser.add_argument("--filter", metavar="COMPARISON", action="append", default=[], help="as in data.filter")
+    parser.add_argument("--latents", metavar="RUN", help="what the autoencoder of a run, or of diffusers, does")
+    parser.add_argument("--size", metavar="PIXELS", type=int, help="with --latents; default: what it was trained on")
     args = parser.parse_args(argv)
     try:
         whole = build_index(find_shards(args.shards, "SHARDS"))
         index, filtered = apply(whole, args.filter, "--filter")
         left_out = [[loss.reason, str(loss.count), loss.shard, loss.note] for loss in merge_losses(whole.losses)]
-        tell(index, [*left_out, *([text, str(count), "", "filtered"] for text, count in filtered.items())])
+        tell(index.gathered(), [*left_out, *([text, str(count), "", "filtered"] for text, count in filtered.items())])
+        if args.latents:
+            tell_latents(index, args.latents, args.size, args.seed)
         if args.sheet:
             draw_sheet(index, args.num, args.seed).save(args.sheet)
             print(args.sheet)
@@ -100,6 +106,42 @@ def bars(title: str, counts: Mapping[str, int]) -> Table:
 def number(value: float) -> str:
     """Four digits, or a whole number."""
     return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def tell_latents(index: Index, place: str, size: int | None, seed: int) -> None:
+    """What `metric/latent_space.py` finds of some of the pictures."""
+    import torch
+    from rich.console import Console
+
+    from sdtrain.data.reader import Reader
+    from sdtrain.interop.encoder import load_encoder
+    from sdtrain.metric.latent_space import LatentSpace
+    from sdtrain.stage.base import images_at_once
+
+    first_stage, trained_on = load_encoder(place, "--latents")
+    size = size or trained_on
+    if not size or size % first_stage.down_factor:
+        raise ConfigError(f"--size: give the pictures' side, a multiple of {first_stage.down_factor}")
+    reader, space = Reader(index, size), LatentSpace(seed=seed)
+    picks = np.sort(np.random.default_rng(seed).choice(len(index), min(ENCODED, len(index)), replace=False))
+    for ids in np.array_split(picks, -(-len(picks) // images_at_once(64, size))):
+        image = reader.batch(ids, ids * 0)["image"]
+        with torch.no_grad():
+            space.add(image, torch.stack(first_stage.encode(image), dim=1))
+    found, console = space.figures(), Console()
+    correlation = "unknown" if (value := found["neighbour_correlation"]) is None else f"{value:.3f}"
+    console.print(
+        f"neighbours in pixels are neighbours in latents: rank correlation {correlation} over "
+        f"{found['num_pairs']} pairs of {found['num_images']} pictures, {size} x {size}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    values = zip(found["channel_mean"], found["channel_std"], found["told"])
+    rows = [
+        [str(channel), f"{mean:.3g}", f"{std:.3g}", f"{100 * told:.1f} %", "dead" * (channel in found["dead_channels"])]
+        for channel, (mean, std, told) in enumerate(values)
+    ]
+    console.print(table("channel of latents", ["mean", "std", "told by the picture", ""], rows))
 
 
 def draw_sheet(index: Index, num_samples: int, seed: int) -> object:

@@ -6,11 +6,14 @@
 FIRST_STAGE is a run's directory or a diffusers folder with an autoencoder. Shards are divided among the processes; any
 number of them makes the same files. What is finished is kept: start it again after a stop, on as many as you like, and
 it goes on. Started again when all is done, it checks the files against their checksums.
+
+With --text the captions are encoded, too, for a frozen conditioner of the same settings; latents that are there stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,13 +23,16 @@ from typing import TYPE_CHECKING, Any
 from sdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
     from sdtrain.data.index import Index
     from sdtrain.data.latent_file import Encode
+    from sdtrain.data.text_file import Encode as TextEncode
 
 _MOST_PICTURES, _MOST_PIXELS = 128, 1 << 22  # encoded at once
+LAYERS = ("last", "penultimate", "penultimate_norm")
 _LONGEST = timedelta(days=30)  # that one process may need longer than another
 
 
@@ -41,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-ratio", metavar="R", type=float, default=2.0, help="with --buckets: %(default)s")
     parser.add_argument("--max-upscale", metavar="R", type=float, default=1.0, help="with --buckets: %(default)s")
     parser.add_argument("--flips", action="store_true", help="the mirrored pictures, too: twice the size")
+    parser.add_argument("--text", metavar="FOLDER", help="what a frozen CLIP or T5 makes of the captions, too")
+    parser.add_argument("--text-layer", default="last", choices=LAYERS, help="conditioner.layer, CLIP's: %(default)s")
+    parser.add_argument("--text-tokens", metavar="N", type=int, default=77, help="conditioner.max_tokens: %(default)s")
+    parser.add_argument("--text-pooled", action="store_true", help="keep the pooled output, too; CLIP's")
+    parser.add_argument("--text-masked", action="store_true", help="for conditioner.masked=true: padding is not kept")
     args = parser.parse_args(argv)
     try:
         return precompute(args)
@@ -56,11 +67,12 @@ def precompute(args: argparse.Namespace) -> int:
     from sdtrain.data.bucket import Buckets
     from sdtrain.data.index import build_index, find_shards
     from sdtrain.data.latent_file import ABOUT, PREPROCESSING, PartWriter, finish, start
+    from sdtrain.interop.encoder import load_encoder
     from sdtrain.stage.latents import identity
 
     rank, world, barrier = _ranks()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
-    first_stage, trained_on = load(args.first_stage)
+    first_stage, trained_on = load_encoder(args.first_stage, "FIRST_STAGE")
     if args.size is None and trained_on is None:
         raise ConfigError(f"--size: nothing in {args.first_stage} says what size it was trained on; give it")
     size = args.size or trained_on
@@ -87,7 +99,8 @@ def precompute(args: argparse.Namespace) -> int:
         start(args.out, job)
     if (args.out / ABOUT).exists():
         barrier()
-        return check(args.out) if rank == 0 else 0
+        code = check(args.out) if rank == 0 else 0
+        return code or add_text(args, device, rank, world, barrier)
     table = Buckets(**buckets).table(size) if buckets else None
     writer = PartWriter(
         args.out, index, size, table, encoder(first_stage, device), _pictures_at_once, has_flips=args.flips
@@ -101,37 +114,78 @@ def precompute(args: argparse.Namespace) -> int:
         print(f"{about['num_samples']} samples, {num_bytes / 1e9:.2f} GB; left out: {left_out or 'none'}")
         print(f"next: data=latents data.folder={args.out} data.image_size={size}")
     barrier()
+    return add_text(args, device, rank, world, barrier)
+
+
+def add_text(args: argparse.Namespace, device: torch.device | str, rank: int, world: int, barrier: Any) -> int:  # noqa: ANN401
+    """The text embeddings of a finished cache."""
+    from sdtrain.data.latent_file import find_damage, read_about, start
+    from sdtrain.data.text_file import ABOUT, FOLDER, finish_text, text_job, write_text_part
+    from sdtrain.stage.latents import text_identity
+
+    if args.text is None:
+        return 0
+    about, here = read_about(args.out), args.out / FOLDER
+    part = load_text(args).to(device)
+    job = text_job(about, text_identity(part))
+    if rank == 0:
+        start(here, job)
+    barrier()
+    if rank != 0:
+        start(here, job)
+    if not (here / ABOUT).exists():
+        for number in range(rank, len(about["parts"]), world):
+            write_text_part(args.out, about, number, text_encoder(part))
+        barrier()
+        if rank == 0:
+            told = finish_text(args.out, about, job)
+            num_bytes = sum(one["num_bytes"] for one in told["parts"])
+            print(f"{told['num_samples']} text embeddings, {num_bytes / 1e9:.2f} GB, by {args.text}")
+    elif rank == 0 and (damaged := find_damage(here, json.loads((here / ABOUT).read_text()))):
+        print(f"{', '.join(damaged)} damaged; remove {here} and start again", file=sys.stderr)
+        return 1
+    barrier()
     return 0
 
 
-def load(first_stage: str) -> tuple[nn.Module, int | None]:
-    """The autoencoder of a run or of a diffusers folder, and the size of the pictures it was trained on, if told."""
-    from sdtrain.first_stage.autoencoder_kl import AutoencoderKL
-    from sdtrain.first_stage.manifest import Manifest
-    from sdtrain.first_stage.vq import VQModel
-    from sdtrain.interop.folder import read_config
-    from sdtrain.interop.weights import find, load_first_stage
+def load_text(args: argparse.Namespace) -> nn.Module:
+    """The frozen text encoder, as a conditioner has it."""
+    from sdtrain.conditioner.clip import CLIP
+    from sdtrain.conditioner.pretrained import find_folder
+    from sdtrain.conditioner.t5 import T5
 
-    file = find(first_stage, "FIRST_STAGE", ("autoencoder/vae", "vae", "vqvae"))
-    try:
-        config = read_config(file.parent / "config.json")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"FIRST_STAGE: {file.parent / 'config.json'} cannot be read: {error}") from error
-    kinds, name = {kind.diffusers_class: kind for kind in (AutoencoderKL, VQModel)}, config.get("_class_name")
-    if name not in kinds:
-        raise ConfigError(f"FIRST_STAGE: {file.parent} is of a {name}, not of {' or '.join(kinds)}")
-    # A scale that is null is the manifest's to say; what is stored here is not scaled.
-    network = kinds[name].from_diffusers({k: v for k, v in config.items() if (k, v) != ("scaling_factor", None)})
-    manifest = load_first_stage(network, str(file.parent))
-    return network.eval().requires_grad_(False), None if manifest is None else Manifest.load(manifest).image_size
+    config = json.loads((find_folder(args.text, "text encoder") / "config.json").read_text())
+    how = {"pretrained": args.text, "max_tokens": args.text_tokens, "masked": args.text_masked, "dropout": 0.0}
+    if "d_model" in config:
+        return T5(**how, width=config["d_model"])
+    text = config.get("text_config", config)
+    is_projected = config.get("architectures") != ["CLIPTextModel"]
+    pooled = config.get("projection_dim", text.get("projection_dim")) if is_projected else text["hidden_size"]
+    pooled_width = pooled if args.text_pooled else None
+    return CLIP(**how, width=text["hidden_size"], pooled_width=pooled_width, layer=args.text_layer)
+
+
+def text_encoder(part: nn.Module) -> TextEncode:
+    """Captions to their hidden states and pooled outputs in float16; without padding where that is masked."""
+    import torch
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        told = part({"caption": captions})
+        states = told["context"].half().cpu().numpy()
+        pooled = told["pooled"].half().cpu().numpy() if "pooled" in told else [None] * len(captions)
+        masked = told.get("context_mask")
+        lengths = [states.shape[1]] * len(captions) if masked is None else masked.sum(dim=1).tolist()
+        return [(one[:length], whole) for one, length, whole in zip(states, lengths, pooled)]
+
+    return encode
 
 
 def encoder(first_stage: nn.Module, device: torch.device | str) -> Encode:
     """Pictures uint8 (B, H, W, 3) to mean and std (B, 2, C, h, w) in float16."""
-    import numpy as np
     import torch
 
-    from sdtrain.data.reader import to_float
+    from sdtrain.data.view import to_float
 
     first_stage.to(device)
 
@@ -157,7 +211,7 @@ def check(out: Path) -> int:
     """Say which files are not what was written."""
     from sdtrain.data.latent_file import find_damage, read_about
 
-    damaged = find_damage(out)
+    damaged = find_damage(out, read_about(out))
     for path in damaged:
         print(f"{path} is damaged; remove it, its .json and {out / 'latents.json'}, and start again", file=sys.stderr)
     print(f"finished before; {len(read_about(out)['parts']) - len(damaged)} files are what was written")

@@ -13,7 +13,9 @@ from sdtrain.callback.log import off_the_clock
 
 
 class Evaluate(EverySteps):
-    """Every `every_steps` optimizer steps, and at the last one, the module's figures with the averaged weights."""
+    """Every `every_steps` optimizer steps, and at the last one, the module's figures with the averaged weights; with
+    the trained ones, too, what the module says of those.
+    """
 
     def __init__(self, every_steps: int) -> None:
         super().__init__(every_steps)
@@ -23,8 +25,12 @@ class Evaluate(EverySteps):
     @override
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.perf_counter()
-        with off_the_clock(trainer, "validation"), pl_module.averaged_weights():
-            self.last_figures, self.last_step = dict(pl_module.evaluate()), trainer.global_step
+        with off_the_clock(trainer, "validation"):
+            with pl_module.averaged_weights():
+                figures = dict(pl_module.evaluate())
+            if pl_module.ema is not None:
+                figures |= pl_module.evaluate_raw()
+        self.last_figures, self.last_step = figures, trainer.global_step
         if trainer.is_global_zero and self.last_figures:
             pl_module.context.tracker.log(
                 {

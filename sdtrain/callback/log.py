@@ -12,9 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from sdtrain.callback.every import EverySteps
+from sdtrain.callback.mfu import MFU
 from sdtrain.callback.straggler import Straggler
 from sdtrain.callback.watchdog import Watchdog
 from sdtrain.ops.memory import peak_memory_bytes
+
+MOST_LOOKING, SHORT_SECONDS = 0.03, 600  # above this share, and beyond this time, a stage says what looking took
 
 
 @contextmanager
@@ -35,9 +38,12 @@ def off_the_clock(trainer: Trainer, phase: str = "callback") -> Iterator[None]:
         try:
             yield
         finally:
+            seconds = time.perf_counter() - started
             for callback in trainer.callbacks:
                 if isinstance(callback, Log | Straggler):
-                    callback.pause(time.perf_counter() - started)
+                    callback.pause(seconds)
+                if isinstance(callback, Log):
+                    callback.looked(phase, seconds)
 
 
 class Log(EverySteps):
@@ -45,11 +51,15 @@ class Log(EverySteps):
 
     Speed is images over the time since the row before, less what `off_the_clock` took. Data wait is the time from the
     end of one batch to the start of the next: an upper limit where the device still works through its queue.
+
+    What `off_the_clock` took is the cost of looking: it stands in the summary by phase, and a stage of which it took
+    more than 3 % says so.
     """
 
     def __init__(self, every_steps: int) -> None:
         super().__init__(every_steps)
         self.last_row: dict[str, Any] | None = None
+        self._looking_seconds: dict[str, float] = {}  # by phase, of all processes of this stage
         self._seconds_before = 0.0  # spent in this stage by the processes before this one
         self._started: float | None = None
         self._window_start = self._batch_end = 0.0
@@ -81,21 +91,34 @@ class Log(EverySteps):
         """A run that is stopped between two rows still tells what it did since the last one."""
         if trainer.global_step > self._window_step:
             self.act(trainer, pl_module)
+        share = self.summary()["looking"]["share"]
+        if trainer.is_global_zero and share > MOST_LOOKING and self._elapsed_seconds() > SHORT_SECONDS:
+            context = pl_module.context
+            told = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self._looking_seconds.items())
+            line = f"{context.stage}: looking took {share:.1%} of the time ({told}); raise callback.*.every_steps"
+            print(f"warning: {line}", flush=True)
+            context.tracker.log(
+                {"stage": context.stage, "step": trainer.global_step, "event": "warning", "warning": line}
+            )
 
     @override
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = pl_module.take_metrics()  # all ranks; it waits for the device, so the clock is read after it
         seconds = max(time.perf_counter() - self._window_start - self._paused, 1e-9)
         num_steps = max(trainer.global_step - self._window_step, 1)
+        num_images = pl_module.images_seen - self._window_images
+        shares = [callback.of(num_images, seconds) for callback in trainer.callbacks if isinstance(callback, MFU)]
         self.last_row = {
             "stage": pl_module.context.stage,
             "step": trainer.global_step,
             "images": pl_module.images_seen,
             **metrics,
             **{name: float(rate) for name, rate in self._rates},
-            "images_per_second": round((pl_module.images_seen - self._window_images) / seconds, 3),
+            "images_per_second": round(num_images / seconds, 3),
+            **{name: share for found in shares for name, share in found.items()},
             "step_seconds": round(seconds / num_steps, 6),
             "data_wait_fraction": round(min(max(self._waited / seconds, 0.0), 1.0), 4),
+            "data_wait_seconds": round(max(self._waited, 0.0), 3),
             "seconds": round(self._elapsed_seconds(), 3),
             **_peak_memory_bytes(trainer),
         }
@@ -107,13 +130,24 @@ class Log(EverySteps):
         self._paused += seconds
         self._paused_since_batch += seconds
 
+    def looked(self, phase: str, seconds: float) -> None:
+        """So much time was spent on something else than training."""
+        self._looking_seconds[phase] = self._looking_seconds.get(phase, 0.0) + seconds
+
+    def summary(self) -> dict[str, Any]:
+        """The cost of looking: seconds by phase, and their share of the stage's time, over all its processes."""
+        share = sum(self._looking_seconds.values()) / max(self._elapsed_seconds(), 1e-9)
+        seconds = {phase: round(spent, 3) for phase, spent in self._looking_seconds.items()}
+        return {"looking": {"seconds": seconds, "share": round(share, 4)}}
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._elapsed_seconds()}
+        return {"seconds": self._elapsed_seconds(), "looking_seconds": dict(self._looking_seconds)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = float(state_dict["seconds"])
+        self._looking_seconds = dict(state_dict.get("looking_seconds", {}))  # older checkpoints have none
 
     def _open_window(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._window_start = time.perf_counter()

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -18,7 +19,9 @@ REFRESH_SECONDS = 0.2
 
 
 class Progress(Callback):
-    """Shows what `Log` wrote last; it never asks the device itself. Without a terminal: a line at most every 10 s."""
+    """Shows what is about to be done, then what `Log` wrote last; it never asks the device itself. Without a terminal:
+    a line at most every 10 s.
+    """
 
     def __init__(self, every_seconds: float = 10.0) -> None:
         self.every_seconds = every_seconds
@@ -31,6 +34,9 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_row = self._shown_row = None
         self._shown_at = float("-inf")
+        if trainer.is_global_zero:
+            for line in plan(trainer, pl_module):
+                print(f"{_title(pl_module)}  {line}", flush=True)
         if trainer.is_global_zero and sys.stdout.isatty():
             self._bar = _live_bar()
             self._bar.add_task(_title(pl_module), total=trainer.max_steps, completed=trainer.global_step, figures="")
@@ -73,6 +79,36 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def plan(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    """What learns, what is gone through, and where: a line each."""
+    context, world, num_accumulate = pl_module.context, trainer.world_size, trainer.accumulate_grad_batches
+    learned, num_frozen = pl_module.count_parameters()
+    model = [f"{name} {short(num)}" for name, num in learned.items() if num]
+    model += [f"{short(num_frozen)} frozen"] if num_frozen else []
+    if pl_module.flops_per_image:
+        model.append(f"{short(pl_module.flops_per_image, 'FLOP')} an image")
+    batch, num_train = context.global_batch_size, getattr(trainer.datamodule, "num_train", 0)
+    images = trainer.max_steps * batch
+    epochs = f", {images / num_train:.3g} epochs of {num_train}" if num_train else ""
+    device = trainer.strategy.root_device
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return [
+        f"parameters: {', '.join(model)}",
+        f"steps {trainer.global_step} to {trainer.max_steps}: {images} images{epochs}; a step has {batch} = "
+        f"{batch // (world * num_accumulate)} x {num_accumulate} accumulated x {world} ranks",
+        f"on {world} x {device_name}, {trainer.precision}, {type(trainer.strategy).__name__}; in {context.directory}",
+    ]
+
+
+def short(value: float, unit: str = "") -> str:
+    """860 M, 1.53 GFLOP."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g} {prefix}{unit}".rstrip()
+        value /= 1000
+    return f"{value:.3g} T{unit}"
 
 
 def figures(first_row: dict[str, Any] | None, row: dict[str, Any] | None, max_steps: int) -> list[str]:

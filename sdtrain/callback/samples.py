@@ -34,4 +34,5 @@ class Samples(EverySteps):
             path.parent.mkdir(parents=True, exist_ok=True)
             draw_grid(preview).save(path)
             captions = [caption[:200] for caption in preview.captions]
-            context.tracker.image(f"{context.stage}/samples", path, trainer.global_step, captions)
+            name = f"{context.stage}/samples"
+            context.tracker.image(name, path, trainer.global_step, captions, preview.images)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class TextEncoder(nn.Module, ABC):
         super().__init__()
         self.tokens, self.trained, self.masked, self.empty_caption = tokens, trained, masked, empty_caption
         self.dropout, self.dropout_group = dropout, dropout_group
+        self.reads_stored = False  # take a batch's stored states for the encoder's own output
         if trained:
             self.encoder = encoder
         else:
@@ -49,6 +52,18 @@ class TextEncoder(nn.Module, ABC):
     @abstractmethod
     def encode(self, ids: Tensor, mask: Tensor) -> Conditioning:
         """Tokens (B, L) and which of them are no padding -> the conditioning."""
+
+    def settings(self) -> dict[str, Any]:
+        """With the encoder's weights, what stored states are refused by."""
+        vocabulary = json.dumps(sorted(self.tokens.tokenizer.get_vocab().items())) if self.tokens else ""
+        return {
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "layer": getattr(self, "layer", "last"),
+            "width": self.width,
+            "pooled_width": self.pooled_width,
+            "max_tokens": self.tokens.max_tokens if self.tokens else 0,
+            "masked": self.masked,
+        }
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, max_tokens) int64, cut and padded, and which are no padding."""
@@ -60,19 +75,42 @@ class TextEncoder(nn.Module, ABC):
         """A batch's captions; with a draw, some of them dropped."""
         captions, device = batch["caption"], self.encoder.device
         # Nothing here waits for the device: copies do not block, and it alone learns which captions are dropped.
-        ids, mask = (part.to(device, non_blocking=True) for part in self.tokenize([*captions, ""]))
         empty = torch.tensor([text == "" for text in captions]).to(device, non_blocking=True)
-        if draw is not None and self.dropout > 0:
-            gone = dropped(draw, self.dropout, self.dropout_group)
-            ids, mask = (torch.where(gone[:, None], part[-1], part[:-1]) for part in (ids, mask))  # (B, L)
+        gone = dropped(draw, self.dropout, self.dropout_group) if draw is not None and self.dropout > 0 else None
+        if gone is not None:
             empty = empty | gone
+        if self.reads_stored and "text_states" in batch:
+            told, mask = self._recalled(batch, gone)
         else:
-            ids, mask = ids[:-1], mask[:-1]
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            told = {name: value.float() for name, value in self.encode(ids, mask).items()}
+            told, mask = self._encoded(captions, gone)
         if self.empty_caption == "zeros":
             told = {name: value.masked_fill(empty.view(-1, *[1] * (value.ndim - 1)), 0) for name, value in told.items()}
         return told | {"context_mask": mask} if self.masked else told
+
+    def _encoded(self, captions: list[str], gone: Tensor | None) -> tuple[Conditioning, Tensor]:
+        device = self.encoder.device
+        ids, mask = (part.to(device, non_blocking=True) for part in self.tokenize([*captions, ""]))
+        if gone is not None:
+            ids, mask = (torch.where(gone[:, None], part[-1], part[:-1]) for part in (ids, mask))  # (B, L)
+        else:
+            ids, mask = ids[:-1], mask[:-1]
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            return {name: value.float() for name, value in self.encode(ids, mask).items()}, mask
+
+    def _recalled(self, batch: Batch, gone: Tensor | None) -> tuple[Conditioning, Tensor]:
+        """What was stored of the captions; of those that are dropped, what the encoder makes of the empty one."""
+        told: Conditioning = {"context": batch["text_states"].float()}
+        if "text_pooled" in batch:
+            told["pooled"] = batch["text_pooled"].float()
+        mask = batch["text_mask"]
+        if gone is not None:
+            null, seen = self._encoded([""], None)
+            told = {
+                name: torch.where(gone.view(-1, *[1] * (value.ndim - 1)), null[name], value)
+                for name, value in told.items()
+            }
+            mask = torch.where(gone[:, None], seen, mask)  # (B, L)
+        return told, mask
 
     def unconditional(self, batch: Batch) -> Conditioning:
         """The null condition for as many samples."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +23,13 @@ if TYPE_CHECKING:
 _MAX_IN_A_ROW = 100
 _WINDOW_READS, _NUM_BLOCKS = 10_000, 10
 _FLOOR, _LOWEST_FLOOR = 32, 8  # so many bad samples are no rate yet; of a small set, a tenth of it
-_COUNTS = ("read", "decoded", "read_bytes", "fetched_bytes", "cache_hits")
+_MAX_SHARD_FRACTION, _SHARD_FLOOR = 0.2, 5  # a shard with more bad samples than this is named, once
+_MAX_RUN_FRACTION, _MANY_READS, _SECONDS_BETWEEN = 0.001, 100_000, 3600.0
+_COUNTS = ("read", "decoded", "read_bytes", "fetched_bytes", "cache_hits", "retries")
 _COLUMNS = {name: column for column, name in enumerate((*_COUNTS, *REASONS))}
 _NUM_WORST = 3
+
+_log = logging.getLogger(__name__)
 
 
 class Accounting:
@@ -31,6 +37,8 @@ class Accounting:
 
     The budget is each process's own: of the last 10,000 samples that it tried at most a fraction may be bad, and not
     more than 100 in a row. A bad sample is tried once, so a small set is not ended by the same few, epoch after epoch.
+    What does not end a run is said aloud: a shard of which a fifth is bad, once; and hourly, that of all samples more
+    than one in a thousand is.
 
     Args:
         shards: of the split.
@@ -55,6 +63,7 @@ class Accounting:
         self._floor = min(_FLOOR, max(_LOWEST_FLOOR, num_samples // 10))
         self._counts = torch.zeros(num_workers + 1, len(_COLUMNS), dtype=torch.int64).share_memory_()
         self._by_shard = torch.zeros(num_workers + 1, len(shards), dtype=torch.int32).share_memory_()
+        self._is_bad_shard = torch.zeros(len(shards), dtype=torch.bool).share_memory_()
         self._enter(0)
 
     def _enter(self, row: int) -> None:
@@ -64,9 +73,12 @@ class Accounting:
         self._reasons: Counter[str] = Counter()
         self._in_shards: Counter[int] = Counter()
         self._in_a_row = 0
+        self._num_tried = self._num_refused = 0
+        self._tried_in = np.zeros(len(self.shards), np.int32)
+        self._say_after = 0.0
 
     def __getstate__(self) -> dict[str, object]:
-        own = ("_mine", "_mine_by_shard")  # views, which would travel as copies
+        own = ("_mine", "_mine_by_shard", "_tried_in")  # views, which would travel as copies, and what is made anew
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -91,9 +103,11 @@ class Accounting:
         """So many places were filled."""
         self._mine[_COLUMNS["read"]] += num_places
 
-    def good(self) -> None:
+    def good(self, shard: int) -> None:
         """A sample that was tried could be used."""
         self._in_a_row = 0
+        self._num_tried += 1
+        self._tried_in[shard] += 1
         self._window[-1][0] += 1
         if self._window[-1][0] >= _WINDOW_READS // _NUM_BLOCKS:
             self._window.append([0, 0])
@@ -110,6 +124,10 @@ class Accounting:
         self.quarantine.add(bad, shown(self.shards[shard].address), key, offset)
         self._window[-1][0] += 1
         self._window[-1][1] += 1
+        self._num_tried += 1
+        self._num_refused += 1
+        self._tried_in[shard] += 1
+        self._warn(shard)
         num_read, num_bad = (sum(block[column] for block in self._window) for column in (0, 1))
         if num_bad > self._floor and num_bad > self.max_bad_fraction * num_read:
             raise ConfigError(
@@ -118,6 +136,21 @@ class Accounting:
             )
         if self._in_a_row > _MAX_IN_A_ROW:
             raise ConfigError(f"data: {self._in_a_row} samples in a row could not be used: {self.blame()}")
+
+    def _warn(self, shard: int) -> None:
+        """Says what does not end the run, but is worth a look."""
+        num_bad, num_tried = self._in_shards[shard], int(self._tried_in[shard])
+        is_named = bool(self._is_bad_shard[shard])
+        if not is_named and num_bad >= _SHARD_FLOOR and num_bad > _MAX_SHARD_FRACTION * num_tried:
+            self._is_bad_shard[shard] = True
+            address = shown(self.shards[shard].address)
+            _log.warning("data: %d of %d samples of %s could not be used; repair it", num_bad, num_tried, address)
+        share = self._num_refused / self._num_tried
+        if self._num_tried >= _MANY_READS and share > _MAX_RUN_FRACTION and time.monotonic() >= self._say_after:
+            self._say_after = time.monotonic() + _SECONDS_BETWEEN
+            _log.warning(
+                "data: %.2f %% of %d samples could not be used: %s", 100 * share, self._num_tried, self.blame()
+            )
 
     def blame(self) -> str:
         """The reasons, the shard with most of them, and where the record is."""
@@ -135,6 +168,7 @@ class Accounting:
         return {
             **{name: counts[_COLUMNS[name]] for name in _COUNTS if counts[_COLUMNS[name]] or name == "read"},
             "replaced": sum(by_reason.values()),
+            **({"bad_shards": num} if (num := int(self._is_bad_shard.sum())) else {}),
             **{f"replaced/{reason}": count for reason, count in by_reason.items() if count},
             **{f"replaced_in/{_short(self.shards[shard])}": int(by_shard[shard]) for shard in worst},
         }

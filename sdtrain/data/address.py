@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from urllib.parse import urlsplit
+from collections.abc import Iterable
+from urllib.parse import urljoin, urlsplit
 
 from sdtrain.errors import ConfigError
 
@@ -51,6 +52,25 @@ def check_address(address: str, option: str = "data.shards") -> None:
         raise ConfigError(f"{option}: '{shown(address)[:80]}' names no host or bucket")
     if scheme in ("http", "https") and is_metadata_service(host):
         raise ConfigError(f"{option}: '{shown(address)[:80]}' is a metadata service or a link-local address; refused")
+
+
+def follow(here: str, location: str) -> str:
+    """Where a redirect leads: to http(s) only, never back from https to http, and to no metadata service.
+
+    Raises:
+        ConfigError: where it may not be followed.
+    """
+    there = urljoin(here, location)
+    if scheme_of(there) not in ({"https"} if scheme_of(here) == "https" else {"http", "https"}):
+        raise ConfigError(f"data: {shown(here)} redirects to '{shown(there)[:80]}'; only http(s) is followed")
+    check_address(there, f"data: {shown(here)} redirects")
+    return there
+
+
+def check_numbers(host: str, numbers: Iterable[str]) -> None:
+    """A host's name may not stand for a metadata service either. Raises ConfigError."""
+    if any(map(is_metadata_service, numbers)):
+        raise ConfigError(f"data: {host} is a metadata service or a link-local address; refused")
 
 
 def is_metadata_service(host: str) -> bool:

@@ -55,8 +55,7 @@ class ShardDataModule(L.LightningDataModule):
         max_samples: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(val, float) and not 0 < val < 1:
-            raise ConfigError(f"data.val: {val} is not between 0 and 1")
+        check_fraction(val)
         if (shards is None) == (sources is None):
             raise ConfigError("data: set one of data.shards and data.sources")
         self.image_size, self.buckets, self.max_samples = image_size, buckets, max_samples
@@ -96,7 +95,7 @@ class ShardDataModule(L.LightningDataModule):
         self._corpus = self._describe()
         self._corpus.build(self._table(), self.max_samples)
         for note in self._corpus.notes:
-            _say(f"data: {note}")
+            say(f"data: {note}")
         indices, left = self._corpus.indices, self.cache_bytes
         for split, index in indices.items():
             num_cached = min(len(index), left // (self.image_size**2 * 3))
@@ -198,14 +197,10 @@ class ShardDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state. One of other data, seed or global batch is refused; other weights are taken up."""
         plan, cursor = self._make_plan(state_dict.get("buckets.cell")).resume(state_dict)
-        if self._loader_built:
-            raise RuntimeError(
-                "the data state was restored after the training loader was built, which would train from step 0 again; "
-                "something asked for the loader too early (trainer.estimated_stepping_batches does)"
-            )
+        refuse_late(self._loader_built)
         if plan.segments[-1].block > cursor["block"] or len(plan.segments) > len(state_dict["segments"]):
             weights = ", ".join(f"{order.name} {weight}" for order, weight in zip(plan.orders, plan.weights))
-            _say(f"data: other weights ({weights}) from block {plan.segments[-1].block} on; now in {cursor['block']}")
+            say(f"data: other weights ({weights}) from block {plan.segments[-1].block} on; now in {cursor['block']}")
         self._plan, self._cursor = plan, cursor
 
     def _connected(self) -> tuple[int, int, int]:
@@ -251,6 +246,22 @@ class ShardDataModule(L.LightningDataModule):
         return self._readers[split]
 
 
+def check_fraction(val: float | Shards) -> None:
+    """Of `data.val`, where it is one. Raises ConfigError."""
+    if isinstance(val, float) and not 0 < val < 1:
+        raise ConfigError(f"data.val: {val} is not between 0 and 1")
+
+
+def refuse_late(is_built: bool) -> None:
+    """Raises RuntimeError where a state is restored after the training loader was built."""
+    if is_built:
+        raise RuntimeError(
+            "the data state was restored after the training loader was built, which would train from step 0 again; "
+            "something asked for the loader too early (trainer.estimated_stepping_batches does)"
+        )
+
+
 @rank_zero_only
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """To people, once."""
     print(line, flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +22,16 @@ from sdtrain.data.bad_sample import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 32 * 1024 * 1024
-MAX_PIXELS = 64_000_000
+# By what a decoder holds at once, so that one picture takes less than 200 MiB: a JPEG is decoded smaller, the others
+# are decoded whole, a PNG with alpha into two pictures of 4 bytes a pixel, a WebP into four.
+MAX_PIXELS = {"JPEG": 64_000_000, "PNG": 20_000_000, "WEBP": 9_000_000}
 MAX_SIDE = 16_384
 MIN_SIDE = 8  # what is smaller is a tracking pixel, not a picture of its caption
 
 # How much larger than its target a JPEG that was decoded smaller must still be: the transform cuts frequencies off
 # abruptly, which a resize by this much hides (at least 38 dB to decoding it whole; 34 dB at 1.0).
 _MIN_RATIO = 1.4
+_BAND_PIXELS = 1 << 20  # that are looked at together where numpy wants wider numbers
 _MAX_COPIED_PIXELS = 1 << 24  # larger pictures are resized where Pillow holds them
 
 _ORIENTATION = 0x0112
@@ -44,7 +47,7 @@ _TURNS = {
     8: (True, True, False),
 }
 
-# Between MAX_PIXELS and its own limit Pillow warns in open(); the check below refuses right after.
+# Between these limits and its own limit Pillow warns in open(); the check below refuses right after.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -114,11 +117,16 @@ def open_image(data: bytes) -> Image.Image:
     except Exception as error:  # whatever a crafted file makes a decoder raise
         raise BadSample("decode_error", str(error)) from error
     width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    if width * height > MAX_PIXELS.get(image.format, MAX_PIXELS["JPEG"]) or max(width, height) > MAX_SIDE:
         raise BadSample("too_many_pixels", f"{width}x{height}")
     if min(width, height) < MIN_SIDE:
         raise BadSample("too_small", f"{width}x{height}")
     return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after the EXIF orientation."""
+    return image.size[::-1] if _turn(image)[0] else image.size
 
 
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
@@ -150,8 +158,7 @@ def _load(image: Image.Image, factor: float, ground: tuple[int, int, int]) -> tu
 
 def _to_rgb(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: convert() would saturate nearly every pixel
-        grey = (np.asarray(image).astype(np.int32).clip(0, 65535) + 128) // 257
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray(np.concatenate([_to_grey(rows) for rows in _bands(image, (0, 0, *image.size))]))
     if image.has_transparency_data:  # convert("RGB") would show the colours hidden under transparent pixels
         if image.mode != "RGBA":
             image = image.convert("RGBA")
@@ -159,6 +166,18 @@ def _to_rgb(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
         whole.paste(image, mask=image)
         return whole
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _bands(image: Image.Image, box: tuple[int, int, int, int]) -> Iterator[np.ndarray]:
+    """The pixels of a box, from top to bottom: what Pillow gives numpy it copies twice."""
+    left, top, right, bottom = box
+    height = max(1, _BAND_PIXELS // (right - left))
+    for first in range(top, bottom, height):
+        yield np.asarray(image.crop((left, first, right, min(first + height, bottom))))  # (h, W) or (h, W, 3)
+
+
+def _to_grey(rows: np.ndarray) -> np.ndarray:
+    return ((rows.astype(np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)
 
 
 def _resize(image: Image.Image, factor: float, start: Sequence[int], target: Sequence[int]) -> np.ndarray:
@@ -175,11 +194,12 @@ def _resize(image: Image.Image, factor: float, start: Sequence[int], target: Seq
         box = (left, top, min(right, image.width), min(bottom, image.height))
         return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))  # (H, W, 3)
     reach = math.ceil(3 * max(factor, 1))  # as far as the filter looks
-    pixels = image.crop(
-        (left, top, min(math.ceil(right) + reach, image.width), min(math.ceil(bottom) + reach, image.height))
-    )
+    right, bottom = min(math.ceil(right) + reach, image.width), min(math.ceil(bottom) + reach, image.height)
+    pixels, row = np.empty((bottom - top, right - left, 3), np.uint8), 0
+    for band in _bands(image, (left, top, right, bottom)):
+        pixels[row : (row := row + len(band))] = band
     # torch's Lanczos is Pillow's to within two levels, in a third of the time, and the same on every instruction set.
-    tensor = torch.from_numpy(np.array(pixels)).unsqueeze(0).permute(0, 3, 1, 2)  # (1, 3, h, w), channels last
+    tensor = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # (1, 3, h, w), channels last
     scale = (1 + 1e-9) / factor  # the size is rounded down
     found = F.interpolate(tensor, scale_factor=(scale, scale), mode="lanczos", antialias=True)
     return found[0, :, :height, :width].permute(1, 2, 0).numpy()  # (H, W, 3)

@@ -86,7 +86,7 @@ def _column(index: Index, comparison: Comparison, option: str) -> tuple[np.ndarr
         side = index.side[:, ("width", "height").index(name)]
         return side, side > 0
     if name == "caption_length":
-        return index.caption_length, np.ones(len(index), bool)
+        return np.asarray(index.caption_length), np.ones(len(index), bool)
     if name not in index.columns:
         names = sorted({"width", "height", "caption_length", *index.columns})
         near = difflib.get_close_matches(name, names, 1)
@@ -94,7 +94,7 @@ def _column(index: Index, comparison: Comparison, option: str) -> tuple[np.ndarr
             f"{option}: '{comparison.text}': no sample tells '{name}'"
             + (f"; did you mean '{near[0]}'?" if near else f"; they tell {', '.join(names)}")
         )
-    values = index.columns[name]
+    values = np.asarray(index.columns[name])
     return values, (values != b"" if values.dtype.kind == "S" else ~np.isnan(values))
 
 

@@ -12,22 +12,18 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdtrain.data.address import is_remote, scheme_of, shown
 from sdtrain.data.download import expand
-from sdtrain.data.layout import ABSENT as ABSENT
-from sdtrain.data.layout import CAPTION as CAPTION
-from sdtrain.data.layout import IMAGE as IMAGE
-from sdtrain.data.layout import JSON as JSON
 from sdtrain.data.manifest import ShardRecord, fingerprint_of, is_index_folder, merge_losses, open_folder
 from sdtrain.data.shard_index import Shard, index_shard
 from sdtrain.data.shard_walk import ARRAYS, Loss
 from sdtrain.errors import ConfigError
 
-_ROWS = ("shard", *ARRAYS)
+_CHUNK_ROWS = 1 << 20
 
 
 class Origin(NamedTuple):
@@ -39,11 +35,29 @@ class Origin(NamedTuple):
     stop: int
 
 
+class Rows:
+    """Some rows of an array that stays where it is, on disk; an array to whoever takes some of them."""
+
+    def __init__(self, array: np.ndarray, chosen: np.ndarray) -> None:
+        self.array, self.chosen, self.dtype = array, chosen, array.dtype
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, places: Any) -> Any:  # noqa: ANN401 whatever numpy takes, and gives
+        rows, *rest = places if isinstance(places, tuple) else (places,)
+        return self.array[(self.chosen[rows], *rest)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: ANN401, ARG002
+        return np.asarray(self.array[self.chosen], dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """N samples, sorted by shard. A sample's number is its row. The arrays may be mapped from disk: look, do not copy.
 
-    `fingerprint` is the same for the same data wherever it lies; a subset has another.
+    `fingerprint` is the same for the same data wherever it lies; a subset has another. Of a subset of a mapped index
+    all arrays but `shard` are `Rows`.
     """
 
     shards: tuple[Shard, ...]
@@ -58,6 +72,7 @@ class Index:
     losses: tuple[Loss, ...] = ()
     fingerprint: str = ""
     origin: Origin | None = None  # where the arrays are mapped from
+    chosen: np.ndarray | None = None  # (N,) uint32 or int64, which rows of the origin; None: all
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -65,7 +80,7 @@ class Index:
     def __reduce__(self) -> tuple:
         """Rows of an index folder travel to DataLoader workers as its name: they map the same pages."""
         if self.origin is not None:
-            return _reopen, (self.origin, self.fingerprint)
+            return _reopen, (self.origin, self.fingerprint, self.chosen)
         return Index, tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def name(self, sample: int) -> str:
@@ -73,7 +88,7 @@ class Index:
         return f"{self.shards[self.shard[sample]].stem}/{self.key[sample].decode()}"
 
     def subset(self, samples: np.ndarray | slice) -> Index:
-        """Some of the samples, renumbered; the losses stay with the whole. Neighbours in order cost no memory."""
+        """Some of the samples, renumbered; the losses stay with the whole. Of a mapped index little is copied."""
         rows = _as_slice(samples, len(self))
         fingerprint = hashlib.sha256(self.fingerprint.encode())
         if isinstance(rows, slice):
@@ -81,18 +96,35 @@ class Index:
                 return self
             fingerprint.update(f"{rows.start}:{rows.stop}".encode())
         else:
-            fingerprint.update(rows.astype("<i8").tobytes())
-        origin = None
-        if self.origin is not None and isinstance(rows, slice):
-            first = self.origin.start
-            origin = self.origin._replace(start=first + rows.start, stop=first + rows.stop)
+            for first in range(0, len(rows), _CHUNK_ROWS):
+                fingerprint.update(rows[first : first + _CHUNK_ROWS].astype("<i8").tobytes())
+        return self._picked(rows, fingerprint.hexdigest())
+
+    def _picked(self, rows: np.ndarray | slice, fingerprint: str) -> Index:
+        origin, chosen = self.origin, self.chosen
+        if origin is not None and chosen is None and isinstance(rows, slice):
+            origin = origin._replace(start=origin.start + rows.start, stop=origin.start + rows.stop)
+        elif origin is not None:
+            chosen = _small(rows) if chosen is None else chosen[rows]
+
+        def pick(array: np.ndarray | Rows) -> np.ndarray | Rows:
+            return array[rows] if chosen is None else Rows(getattr(array, "array", array), chosen)
+
         return Index(
             self.shards,
-            **{name: getattr(self, name)[rows] for name in _ROWS},
-            columns={name: column[rows] for name, column in self.columns.items()},
-            fingerprint=fingerprint.hexdigest(),
+            self.shard[rows],
+            **{name: pick(getattr(self, name)) for name in ARRAYS},
+            columns={name: pick(column) for name, column in self.columns.items()},
+            fingerprint=fingerprint,
             origin=origin,
+            chosen=chosen,
         )
+
+    def gathered(self) -> Index:
+        """The same with all of it in memory, for what looks at whole columns."""
+        arrays = {name: np.asarray(getattr(self, name)) for name in ARRAYS}
+        columns = {name: np.asarray(column) for name, column in self.columns.items()}
+        return replace(self, **arrays, columns=columns, origin=None, chosen=None)
 
     @staticmethod
     def concat(indexes: Sequence[Index]) -> Index:
@@ -158,11 +190,12 @@ def _open(folder: str) -> Index:
     )
 
 
-def _reopen(origin: Origin, fingerprint: str) -> Index:
+def _reopen(origin: Origin, fingerprint: str, chosen: np.ndarray | None) -> Index:
     index = _open(origin.folder)
     if index.fingerprint != origin.fingerprint:
         raise ConfigError(f"{origin.folder}: the index changed while a run was using it; start the run again")
-    return replace(index.subset(slice(origin.start, origin.stop)), fingerprint=fingerprint)
+    index = index.subset(slice(origin.start, origin.stop))
+    return replace(index, fingerprint=fingerprint) if chosen is None else index._picked(chosen, fingerprint)
 
 
 def _index_loose(addresses: list[str]) -> Index:
@@ -198,6 +231,11 @@ def _concat_columns(parts: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> di
         name: np.concatenate([columns.get(name, missing[name].repeat(count)) for count, columns in parts])
         for name in sorted(kinds)
     }
+
+
+def _small(rows: np.ndarray) -> np.ndarray:
+    """Half the memory, where the numbers allow."""
+    return rows.astype(np.uint32) if len(rows) and rows.min() >= 0 and rows.max() < 1 << 32 else rows
 
 
 def _as_slice(samples: np.ndarray | slice, num_samples: int) -> np.ndarray | slice:

@@ -14,9 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
 
 from sdtrain.contracts import Batch
 from sdtrain.data.accounting import Accounting
@@ -28,9 +26,10 @@ from sdtrain.data.decode import Decoded, decode_image
 from sdtrain.data.layout import CAPTION, IMAGE, JSON
 from sdtrain.data.one_pass import Losses, Raw, read_shard
 from sdtrain.data.order import permutation
-from sdtrain.data.reader import to_float
 from sdtrain.data.retry import Retry
 from sdtrain.data.shard_index import Shard
+from sdtrain.data.stream import Batches
+from sdtrain.data.view import View, check_crop, draw_views, pictured
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
@@ -86,12 +85,10 @@ class Lanes:
         max_bad_fraction: float = 0.01,
         retry: Retry | None = None,
     ) -> None:
-        if crop not in ("center", "random"):
-            raise ConfigError(f"data.reader.crop={crop!r} is none of 'center', 'random'")
         if shuffle_samples < 1:
             raise ConfigError(f"data.reader.shuffle_samples: {shuffle_samples}; give 1 for the order of the shards")
         self.shards, self.image_size = [Shard(address, 0, "") for address in addresses], image_size
-        self.crop, self.flip, self.ground, self.seed = crop, flip, tuple(ground), 0
+        self.crop, self.flip, self.ground, self.seed = check_crop(crop), flip, tuple(ground), 0
         self.caption, self.shuffle_samples, self.retry = caption or CaptionRule(), shuffle_samples, retry or Retry()
         self.accounting = Accounting(self.shards, 1 << 62, num_workers, max_bad_fraction)
         self.losses = Losses(num_workers)
@@ -125,23 +122,19 @@ class Lanes:
                     self.accounting.replaced(bad.reason, placed.shard)
                     self.accounting.refuse(bad, placed.shard, placed.raw.key, placed.raw.offset)
                 else:
-                    self.accounting.good()
+                    self.accounting.good(view[0].shard)
                     yield found
 
     def batch(self, samples: Sequence[Usable]) -> Batch:
         """Their micro-batch."""
         self.accounting.read(len(samples))
-        image = to_float(np.stack([sample.picture.pixels for sample in samples]))
         return {
-            "image": image,
+            **pictured([sample.picture for sample in samples]),
             "caption": [sample.caption for sample in samples],
             "attributes": [sample.attributes for sample in samples],
             "key": [self._name(sample.placed) for sample in samples],
             "sample_id": torch.tensor([sample.sample_id for sample in samples]),
             "epoch": torch.tensor([sample.epoch for sample in samples]),
-            "original_size": torch.tensor([sample.picture.original_size for sample in samples]),  # (B, 2)
-            "crop_top_left": torch.tensor([sample.picture.crop_top_left for sample in samples]),  # (B, 2)
-            "target_size": torch.tensor([image.shape[2:]] * len(samples)),  # (B, 2)
         }
 
     def report(self) -> dict[str, int]:
@@ -170,31 +163,21 @@ class Lanes:
         epoch, place = divmod(place, len(self.shards))
         return int(permutation(len(self.shards), f"{self.seed}/sequential", 0, epoch)[place])
 
-    def _views(self, chunk: list[Placed]) -> list[tuple[Placed, int, int, tuple[float, float], bool, float]]:
-        """With each sample its number, its epoch, and the crop, flip and choice among captions that are drawn for it:
-        functions of the two.
-        """
+    def _views(self, chunk: list[Placed]) -> list[tuple[Placed, int, int, View]]:
+        """With each sample its number, its epoch, and the view that is drawn for it: a function of the two."""
         digests = [hashlib.blake2b(self._name(placed).encode(), digest_size=8).digest() for placed in chunk]
         ids = [int.from_bytes(digest, "little") >> 1 for digest in digests]
         epochs = [placed.place // len(self.shards) for placed in chunk]
-        draw = Draw(self.seed, torch.tensor(ids), torch.tensor(epochs))
-        crops, flips = [(0.5, 0.5)] * len(chunk), [False] * len(chunk)
-        if self.crop == "random":
-            crops = [tuple(place) for place in draw.uniform("crop", (2,)).tolist()]
-        if self.flip:
-            flips = (draw.uniform("flip") < 0.5).tolist()
-        return list(zip(chunk, ids, epochs, crops, flips, draw.uniform("caption").tolist()))
+        draw, size = Draw(self.seed, torch.tensor(ids), torch.tensor(epochs)), (self.image_size, self.image_size)
+        return list(zip(chunk, ids, epochs, draw_views(draw, len(chunk), size, self.crop, self.flip)))
 
-    def _use(
-        self, placed: Placed, sample_id: int, epoch: int, crop: tuple[float, float], flip: bool, draw: float
-    ) -> Usable:
+    def _use(self, placed: Placed, sample_id: int, epoch: int, view: View) -> Usable:
         raw = placed.raw
         if raw.fault:
             raise BadSample(raw.fault)
         attributes = None if raw.members[JSON] is None else parse_json(raw.members[JSON])
-        caption = self.caption(raw.members[CAPTION], attributes, draw)
-        size = (self.image_size, self.image_size)
-        picture = decode_image(raw.members[IMAGE], *size, crop=crop, flip=flip, ground=self.ground)
+        caption = self.caption(raw.members[CAPTION], attributes, view.draw)
+        picture = decode_image(raw.members[IMAGE], *view.size, crop=view.crop, flip=view.flip, ground=self.ground)
         self.accounting.add("decoded", 1)
         return Usable(placed, picture, caption, attributes, sample_id, epoch)
 
@@ -202,7 +185,7 @@ class Lanes:
         return f"{self.shards[placed.shard].stem}/{placed.raw.key}"
 
 
-class LaneStream(IterableDataset):
+class LaneStream(Batches):
     """One rank's micro-batches, endlessly. Rank and world are given: a forkserver worker cannot know them.
 
     Args:
@@ -226,19 +209,12 @@ class LaneStream(IterableDataset):
         self.lanes, self.micro_batch_size, self.num_accumulate = lanes, micro_batch_size, num_accumulate
         self.step, self.start, self.rank, self.world = step, start, rank, world
 
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        if info is None:
-            yield from self._micro_batches(0, 1)
-            return
-        self.lanes.enter_worker(info.id)
-        try:
-            yield from self._micro_batches(info.id, info.num_workers)
-        except ConfigError as error:
-            yield error  # raised by Loader, in the main process, without the wrapping of DataLoader's own
+    def enter_worker(self, worker: int) -> None:
+        """From here on this is the copy of a DataLoader worker."""
+        self.lanes.enter_worker(worker)
 
-    def _micro_batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
-        """Micro-batch j comes from worker j mod W. The cursor says where to begin when the step is done: past the
+    def micro_batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+        """This worker's. The cursor says where to begin when the step is done: past the
         shards that this lane has begun, and the others, which are about as far.
         """
         num_lanes = self.world * num_workers

@@ -24,7 +24,8 @@ from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.bucket import Table
 from sdtrain.data.caption import clean_caption
 from sdtrain.data.decode import Decoded, decode_image
-from sdtrain.data.index import CAPTION, IMAGE, JSON, Index
+from sdtrain.data.index import Index
+from sdtrain.data.layout import CAPTION, IMAGE, JSON
 from sdtrain.data.members import Members
 from sdtrain.data.shard_index import Shard
 from sdtrain.data.shard_walk import ARRAYS
@@ -78,25 +79,9 @@ class PartWriter:
 
     def write(self, part: int) -> None:
         """The part of one shard, unless it is there."""
-        data, rows, about = part_paths(self.folder, part)
-        if about.exists():
-            return
         first, last = np.searchsorted(self.index.shard, (part, part + 1))
-        found, bad, digest, offset = [], Counter(), hashlib.sha256(), 0
-        with _draft(data).open("wb") as file:
-            for row, stored in self._samples(np.arange(first, last), bad):
-                row["part"], row["offset"] = part, offset
-                found.append(row)
-                file.write(stored)
-                digest.update(stored)
-                offset += len(stored)
-            _commit(file, data)
-        table = np.sort(np.concatenate([np.zeros(0, ROW), *found]), order="sample")
-        with _draft(rows).open("wb") as file:
-            np.save(file, table)
-            _commit(file, rows)
-        told = {"num_bytes": offset, "sha256": digest.hexdigest(), "num_samples": len(table), "left_out": dict(bad)}
-        write_json(about, told)
+        bad: Counter[str] = Counter()
+        write_part(self.folder, part, self._samples(np.arange(first, last), bad), ROW, bad, order="sample")
 
     def _samples(self, samples: np.ndarray, bad: Counter[str]) -> Iterator[_Stored]:
         shapes = np.zeros(len(samples), np.uint8) if self.table is None else self.table.of(self.index.side[samples])
@@ -147,6 +132,41 @@ class PartWriter:
         return row, b"".join([*(latent.tobytes() for latent in latents), caption or b"", told or b""])
 
 
+def write_part(
+    folder: Path, part: int, samples: Iterator[_Stored], kind: np.dtype, bad: Counter[str], order: str | None = None
+) -> None:
+    """A part of such rows, unless it is there.
+
+    Args:
+        bad: why samples were left out, once all have come.
+        order: the field that the rows are sorted by; None: as they come.
+    """
+    data, rows, about = part_paths(folder, part)
+    if about.exists():
+        return
+    found, digest, offset = [np.zeros(0, kind)], hashlib.sha256(), 0
+    with _draft(data).open("wb") as file:
+        for row, stored in samples:
+            row["part"], row["offset"] = part, offset
+            found.append(row)
+            file.write(stored)
+            digest.update(stored)
+            offset += len(stored)
+        _commit(file, data)
+    table = np.concatenate(found)
+    save_array(rows, table if order is None else np.sort(table, order=order))
+    write_json(
+        about, {"num_bytes": offset, "sha256": digest.hexdigest(), "num_samples": len(table), "left_out": dict(bad)}
+    )
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Atomic: written beside, synced, renamed."""
+    with _draft(path).open("wb") as file:
+        np.save(file, array)
+        _commit(file, path)
+
+
 def part_paths(folder: Path, part: int) -> tuple[Path, Path, Path]:
     """Of a part: its samples, its rows, and what is said of it."""
     return tuple(folder / "parts" / f"{part:06d}.{kind}" for kind in ("bin", "npy", "json"))
@@ -178,9 +198,7 @@ def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]
     kept = index.subset(table["sample"])
     arrays = {"table": table} | {f"index.{name}": getattr(kept, name) for name in ("shard", *ARRAYS)}
     for name, array in arrays.items():
-        with _draft(folder / f"{name}.npy").open("wb") as file:
-            np.save(file, array)
-            _commit(file, folder / f"{name}.npy")
+        save_array(folder / f"{name}.npy", array)
     about = {
         **job,
         "tool": f"sdtrain {version('sdtrain')}",
@@ -225,10 +243,10 @@ def require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], what: str) 
             raise ConfigError(f"{what}: {name} is {theirs.get(name)} there, {value} here")
 
 
-def find_damage(folder: Path) -> list[str]:
-    """The parts whose bytes are not those that were written."""
+def find_damage(folder: Path, about: Mapping[str, Any]) -> list[str]:
+    """The parts whose bytes are not those that were written, as `about` tells."""
     found = []
-    for part, told in enumerate(read_about(folder)["parts"]):
+    for part, told in enumerate(about["parts"]):
         path = part_paths(folder, part)[0]
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:

@@ -24,6 +24,7 @@ from sdtrain.data.index import Index
 from sdtrain.data.latent_file import ROW, TABLE, part_paths, read_about, read_index, require_same
 from sdtrain.data.reader import Attributes, Reader
 from sdtrain.data.source import Corpus
+from sdtrain.data.text_file import FOLDER, StoredText, read_text_about
 from sdtrain.errors import ConfigError
 
 _MAX_OPEN_PARTS = 256  # a mapping keeps a file descriptor
@@ -42,6 +43,7 @@ class LatentReader(Reader):
         crop: as the cache has it.
         flip: show half of the pictures mirrored, by the second latents.
         caption: which caption is told; None: the .txt member as it is.
+        text: the text.json of the embeddings that batches carry; None: they carry none.
     """
 
     def __init__(
@@ -55,22 +57,27 @@ class LatentReader(Reader):
         crop: Literal["center"] = "center",
         flip: bool = False,
         caption: CaptionRule | None = None,
+        text: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(index, image_size, num_cached, num_workers, crop, flip, caption=caption)
-        self.folder, self.about = folder, about
+        self.folder, self.about, self.text = folder, about, text
         self._channels = about["first_stage"]["latent_channels"]
         self._num_views = 1 + about["has_flips"]
         self._open()
         self.has_pictures = all(is_remote(shard.address) or os.path.exists(shard.address) for shard in index.shards)
 
-    _opened = ("_part", "_stem", "_table")  # one process's
+    _opened = ("_part", "_stem", "_table", "_text")  # one process's
 
     def _open(self) -> None:
         table = np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         if table.dtype != ROW or len(table) != self.about["num_samples"]:
             raise ConfigError(f"data.folder: {self.folder / TABLE} does not fit latents.json; it is damaged")
         self._table, self._rows = table, self.index.columns["latent_row"]
-        self._part = functools.lru_cache(_MAX_OPEN_PARTS)(self._map)
+        self._part = functools.lru_cache(_MAX_OPEN_PARTS)(functools.partial(_map, self.folder, self.about))
+        self._text = None
+        if self.text is not None:
+            open_part = functools.partial(_map, self.folder / FOLDER, self.text)
+            self._text = StoredText(self.folder, self.text, functools.lru_cache(_MAX_OPEN_PARTS)(open_part))
         self._stem = functools.cache(lambda shard: self.index.shards[shard].stem)  # half of a batch's time otherwise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +109,9 @@ class LatentReader(Reader):
         self._accounting.read(len(ids))
         mirrored = np.array(flips, np.int64)
         factor = self.about["first_stage"]["down_factor"]
+        told = {} if self._text is None else self._text.read(self._rows[ids])
         return {
+            **{name: torch.from_numpy(value) for name, value in told.items()},
             "latent": torch.from_numpy(latents.view(np.float16).reshape(len(ids), *shape)),  # (B, 2, C, h, w)
             "caption": captions,
             "attributes": attributes,
@@ -150,16 +159,17 @@ class LatentReader(Reader):
                 None if told < 0 else parse_json(data[end : end + told]),
             )
 
-    def _map(self, part: int) -> mmap.mmap:
-        path = part_paths(self.folder, part)[0]
-        try:
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.folder: {path} cannot be read ({error}); make the latents again") from error
-        if len(data) != self.about["parts"][part]["num_bytes"]:
-            raise ConfigError(f"data.folder: {path} is cut off; make the latents again")
-        return data
+
+def _map(folder: Path, about: Mapping[str, Any], part: int) -> mmap.mmap:
+    path = part_paths(folder, part)[0]
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.folder: {path} cannot be read ({error}); make the latents again") from error
+    if len(data) != about["parts"][part]["num_bytes"]:
+        raise ConfigError(f"data.folder: {path} is cut off; make the latents again")
+    return data
 
 
 class LatentDataModule(ShardDataModule):
@@ -173,6 +183,7 @@ class LatentDataModule(ShardDataModule):
         image_size: of the pictures that were encoded, in pixels.
         flip: mirror half of the pictures, which the tool must have been asked for.
         caption: which caption is told; None: the .txt member as it is.
+        text: take the text embeddings that the cache has, if any, instead of encoding captions again and again.
         cell: samples of one bucket that stand together, as `data.buckets.cell`.
         num_workers, start_method, max_samples: as for any shards.
     """
@@ -184,6 +195,7 @@ class LatentDataModule(ShardDataModule):
         image_size: int = 64,
         flip: bool = False,
         caption: CaptionRule | None = None,
+        text: bool = True,
         cell: int | None = None,
         num_workers: int = 0,
         start_method: Literal["fork", "forkserver", "spawn"] | None = None,
@@ -200,6 +212,7 @@ class LatentDataModule(ShardDataModule):
         if caption is not None and caption.empty == "drop":
             raise ConfigError("data.caption.empty: stored latents have no sample to put in the place of one; leave it")
         self.folder, self.flip, self.cell, self._caption = Path(folder).expanduser(), flip, cell, caption
+        self._takes_text = text
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the cache."""
@@ -211,8 +224,14 @@ class LatentDataModule(ShardDataModule):
             raise ConfigError("data.flip: there are no latents of mirrored pictures; make them with --flips")
         if self.about["buckets"] is not None:
             self.buckets = Buckets(**self.about["buckets"], cell=self.cell)
+        self.text = read_text_about(self.folder, self.about) if self._takes_text else None
+        if self.text is not None and self._caption not in (None, CaptionRule()):
+            raise ConfigError(
+                "data.caption: the stored text embeddings are of the .txt members as they are; set data.text=false to "
+                "encode other captions"
+            )
         self._new_reader = functools.partial(
-            LatentReader, folder=self.folder, about=self.about, flip=self.flip, caption=self._caption
+            LatentReader, folder=self.folder, about=self.about, flip=self.flip, caption=self._caption, text=self.text
         )
         super().setup(stage)
 
@@ -222,6 +241,14 @@ class LatentDataModule(ShardDataModule):
             {"first_stage": self.about["first_stage"]},
             {"first_stage": first_stage},
             f"data.folder: {self.folder} holds latents of another first stage",
+        )
+
+    def require_text(self, encoder: Mapping[str, Any]) -> None:
+        """Refuses what is not the text encoder that made the embeddings, naming the field."""
+        require_same(
+            {"encoder": self.text["encoder"]},
+            {"encoder": encoder},
+            f"data.folder: {self.folder / FOLDER} is of another text encoder (data.text=false takes none)",
         )
 
     def pairs(self, num: int, seed: int) -> Iterator[tuple[Batch, Batch]]:

@@ -222,6 +222,13 @@ def letterings(kind: str, seed: int, count: int) -> Iterator[tuple[Lettering, st
         yield picture, caption(picture, rng)
 
 
+class Words:
+    """These pictures as `rendered.py` writes them."""
+
+    name, size = "words-v1", SIZE
+    draw, render = staticmethod(letterings), staticmethod(render)
+
+
 class Vocabulary:
     """The letters and colours of these pictures, and how they look; the config gives it to `metric/spelling.py`."""
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 from sdtrain.data.address import shown
+from sdtrain.data.download import BROKEN, open_once
 from sdtrain.data.layout import CAPTION, IMAGE, JSON, KINDS, MAX_BYTES, is_forbidden, is_safe_key, split_name
 from sdtrain.data.retry import Retry
 from sdtrain.data.tar import Defect, Member, Tape, walk
-from sdtrain.data.transfer import BROKEN, open_once
 
 # Of a whole shard, then of single samples and members.
 _LOSSES = ("bad_header", "cut_off", "data_after_end", "refused_member", "compressed", "interleaved", "unreadable")

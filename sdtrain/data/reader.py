@@ -16,25 +16,18 @@ from sdtrain.data.attributes import parse_json
 from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.caption import CaptionRule
 from sdtrain.data.decode import Decoded, decode_image
-from sdtrain.data.index import CAPTION, IMAGE, JSON, Index
+from sdtrain.data.index import Index
+from sdtrain.data.layout import CAPTION, IMAGE, JSON
 from sdtrain.data.members import Member, Members
 from sdtrain.data.quarantine import Quarantine
 from sdtrain.data.storage import Storage
+from sdtrain.data.view import View, check_crop, draw_views, pictured
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
 _TEXTS_AT_ONCE = 1024
 
 Attributes = dict[str, Any] | None
-
-
-class _View(NamedTuple):
-    """How a place is shown this time: the picture's height and width, the crop's place, mirrored or not."""
-
-    size: tuple[int, int] | None  # None: no picture is wanted
-    crop: tuple[float, float] = (0.5, 0.5)
-    flip: bool = False
-    draw: float = 0.0  # from [0, 1), chooses among captions
 
 
 class _Sample(NamedTuple):
@@ -79,10 +72,8 @@ class Reader:
         storage: Storage | None = None,
         max_bad_fraction: float = 0.01,
     ) -> None:
-        if crop not in ("center", "random"):
-            raise ConfigError(f"data.crop={crop!r} is none of 'center', 'random'")
         self.index, self.image_size = index, image_size
-        self.crop, self.flip, self.ground, self.seed = crop, flip, tuple(ground), 0
+        self.crop, self.flip, self.ground, self.seed = check_crop(crop), flip, tuple(ground), 0
         self.caption = caption or CaptionRule()
         self._members = Members(index, storage or Storage())
         self._accounting = Accounting(index.shards, len(index), num_workers, max_bad_fraction)
@@ -141,11 +132,7 @@ class Reader:
             "epoch": torch.from_numpy(epochs),
         }
         if is_decoded:
-            pictures = [sample.picture for sample in samples]
-            batch["image"] = to_float(np.stack([picture.pixels for picture in pictures]))
-            batch["original_size"] = torch.tensor([picture.original_size for picture in pictures])  # (B, 2)
-            batch["crop_top_left"] = torch.tensor([picture.crop_top_left for picture in pictures])  # (B, 2)
-            batch["target_size"] = torch.tensor([batch["image"].shape[2:]] * len(ids))  # (B, 2)
+            batch |= pictured([sample.picture for sample in samples])
         else:
             batch["latent"] = self._latents[batch["sample_id"]]
         return batch
@@ -162,7 +149,7 @@ class Reader:
         if self._latents_shown is not None:
             return torch.from_numpy(self._latents_shown.copy())
         for place in np.flatnonzero(~self._is_read).tolist():
-            self._samples([place], [_View((self.image_size, self.image_size))])
+            self._samples([place], [View((self.image_size, self.image_size))])
         shown = np.arange(len(self.index))
         for place in self._bad:
             shown[place] = self._first(place)
@@ -180,16 +167,11 @@ class Reader:
         """Reads, replacements by reason and shard, bytes, of this process and its workers."""
         return self._accounting.report()
 
-    def _views(self, ids: np.ndarray, epochs: np.ndarray, size: tuple[int, int] | None) -> list[_View]:
+    def _views(self, ids: np.ndarray, epochs: np.ndarray, size: tuple[int, int] | None) -> list[View]:
         draw = Draw(self.seed, torch.from_numpy(ids), torch.from_numpy(epochs))
-        crops, flips = [(0.5, 0.5)] * len(ids), [False] * len(ids)
-        if size and self.crop == "random":
-            crops = [tuple(place) for place in draw.uniform("crop", (2,)).tolist()]
-        if size and self.flip:
-            flips = (draw.uniform("flip") < 0.5).tolist()
-        return [_View(size, *one) for one in zip(crops, flips, draw.uniform("caption").tolist())]
+        return draw_views(draw, len(ids), size, self.crop, self.flip)
 
-    def _samples(self, places: Sequence[int], views: list[_View]) -> list[_Sample]:
+    def _samples(self, places: Sequence[int], views: list[View]) -> list[_Sample]:
         """What stands at some places. What is not kept in memory is asked for at once."""
         found: list[_Sample | None] = [self._recall(place, view) for place, view in zip(places, views)]
         unread = [number for number, sample in enumerate(found) if sample is None]
@@ -199,7 +181,7 @@ class Reader:
             found[number] = self._next_good(places[number], sample, views[number], members)
         return found
 
-    def _recall(self, place: int, view: _View) -> _Sample | None:
+    def _recall(self, place: int, view: View) -> _Sample | None:
         kept = self._kept.get(place)
         if kept is None or (view.size and (kept.picture is None or view.size != self._cache.shape[1:3])):
             return None
@@ -218,7 +200,7 @@ class Reader:
             sample = (sample + 1) % len(self.index)
         return sample
 
-    def _next_good(self, place: int, sample: int, view: _View, members: tuple[Member, ...] | BadSample) -> _Sample:
+    def _next_good(self, place: int, sample: int, view: View, members: tuple[Member, ...] | BadSample) -> _Sample:
         """What stands at a place: this sample, whose members these are, or else the next that can be used."""
         while True:
             try:
@@ -230,12 +212,12 @@ class Reader:
                 self._refuse(sample, bad)
             sample = self._skip_bad(sample)
             members = next(self._members.read([sample], _kinds(view)))
-        self._accounting.good()
+        self._accounting.good(int(self.index.shard[sample]))
         if view.size and len(self._is_read):
             self._is_read[place] = True
         return self._keep(place, found) if place < self._num_cached else found
 
-    def _use(self, sample: int, members: tuple[Member, ...], view: _View) -> _Sample:
+    def _use(self, sample: int, members: tuple[Member, ...], view: View) -> _Sample:
         text, attributes, *image = (None if member is None else bytes(member) for member in members)
         attributes = None if attributes is None else parse_json(attributes)
         caption = self.caption(text, attributes, view.draw)
@@ -266,16 +248,10 @@ class Reader:
             if sample.shown != place:
                 reason = self._bad.get(place, "replaced_in_latents")
                 self._accounting.replaced(reason, int(self.index.shard[place]))
-        counts = self._members.storage.counts
-        for name in list(counts):
-            self._accounting.add(name, counts.pop(name))
+        for name, count in self._members.storage.take_counts().items():
+            self._accounting.add(name, count)
         self._accounting.read(len(places))
 
 
-def _kinds(view: _View) -> tuple[int, ...]:
+def _kinds(view: View) -> tuple[int, ...]:
     return (CAPTION, JSON) if view.size is None else (CAPTION, JSON, IMAGE)
-
-
-def to_float(pixels: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last in memory, as the networks run."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)  # (B, 3, H, W)

@@ -12,17 +12,16 @@ import re
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
-from urllib.parse import urljoin
 
-from sdtrain.data.address import check_address, is_metadata_service, scheme_of, shown
-from sdtrain.data.retry import Retry
+from sdtrain.data.address import check_numbers, follow, scheme_of, shown
+from sdtrain.data.retry import Retry, may_pass
 from sdtrain.errors import ConfigError
 
 _SLOWEST_BYTES_PER_SECOND = 64 * 1024  # what comes slower than this has stalled
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_AGAIN = (408, 425, 429)  # and all from 500 on
 _CHANGED = (412, 416)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 
@@ -80,6 +79,11 @@ class Remote:
         answer = self._run(address, 0, 1)
         return answer.num_bytes, next(iter(answer.versions), "")
 
+    def list(self, pattern: str) -> list[str]:
+        """The addresses of the S3 objects that one with * stands for, sorted."""
+        client = self._here()
+        return asyncio.run_coroutine_threadsafe(client.list(pattern), client.loop).result()
+
     def _run(self, address: str, start: int, end: int) -> _Answer:
         client = self._here()
         return asyncio.run_coroutine_threadsafe(self._tried(client, address, start, end), client.loop).result()
@@ -122,16 +126,22 @@ class _Client:
         self.pid, self._timeout_seconds = os.getpid(), timeout_seconds
         self.errors = (aiohttp.ClientError, BotoCoreError)
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="sdtrain-remote", daemon=True).start()
+        thread = threading.Thread(target=_serve, args=(self.loop,), name="sdtrain-remote", daemon=True)
+        thread.start()
         self._http = self._s3 = None
         self._s3_lock = asyncio.Lock()
         self._s3fs = s3fs
         self._closing: dict[str, Callable[[], Awaitable[Any]]] = {}
-        weakref.finalize(self, _close, self.pid, self.loop, self._closing)
+        weakref.finalize(self, _close, self.pid, self.loop, thread, self._closing)
 
     async def range(self, address: str, start: int, end: int) -> _Answer:
         """One try."""
         return await (self._of_s3 if scheme_of(address) == "s3" else self._of_http)(address, start, end)
+
+    async def list(self, pattern: str) -> list[str]:
+        """Of S3."""
+        system = await self._s3_system()
+        return [f"s3://{path}" for path in sorted(await system._glob(pattern.removeprefix("s3://")))]
 
     async def _of_http(self, address: str, start: int, end: int) -> _Answer:
         session, url = self._http_session(), address
@@ -139,7 +149,7 @@ class _Client:
         for _ in range(_MAX_REDIRECTS + 1):
             async with session.get(url, headers=headers, allow_redirects=False) as answer:
                 if answer.status in _REDIRECTS:
-                    url = _follow(address, url, answer.headers.get("Location", ""))
+                    url = follow(url, answer.headers.get("Location", ""))
                     continue
                 _check_status(address, answer.status, answer.reason or "")
                 num_bytes = _check_range(answer.headers.get("Content-Range", ""), start, end)
@@ -155,7 +165,7 @@ class _Client:
 
         bucket, _, key = address[len("s3://") :].partition("/")
         try:
-            client = await self._s3_client()
+            client = (await self._s3_system()).s3
             answer = await client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
         except ClientError as error:
             status, said = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"]
@@ -177,8 +187,7 @@ class _Client:
 
                 async def resolve(self, host: str, *arguments: Any, **options: Any) -> list[Any]:
                     found = await super().resolve(host, *arguments, **options)
-                    if any(is_metadata_service(entry["host"]) for entry in found):
-                        raise ConfigError(f"data: {host} is a metadata service or a link-local address; refused")
+                    check_numbers(host, [entry["host"] for entry in found])
                     return found
 
             wait = self._timeout_seconds
@@ -191,7 +200,7 @@ class _Client:
             self._closing["http"] = self._http.close
         return self._http
 
-    async def _s3_client(self) -> Any:
+    async def _s3_system(self) -> Any:
         async with self._s3_lock:
             if self._s3 is None:
                 from aiobotocore.session import get_session
@@ -207,8 +216,8 @@ class _Client:
                     loop=self.loop,
                     skip_instance_cache=True,
                 )
-                self._s3 = await system.set_session()
-                self._closing["s3"] = self._s3.close
+                self._closing["s3"] = (await system.set_session()).close
+                self._s3 = system
         return self._s3
 
 
@@ -221,7 +230,7 @@ _CREDENTIALS = (
 def _check_status(address: str, status: int, reason: str) -> None:
     if status == 206:
         return
-    if status >= 500 or status in _AGAIN:
+    if may_pass(status):
         raise Transient(f"the server answers {status} {reason}")
     if status in _CHANGED:
         raise Changed(f"the server answers {status} {reason}")
@@ -246,25 +255,30 @@ def _check_range(said: str, start: int, end: int) -> int:
     return num_bytes
 
 
-def _follow(address: str, here: str, location: str) -> str:
-    there = urljoin(here, location)
-    if scheme_of(there) not in ({"https"} if scheme_of(here) == "https" else {"http", "https"}):
-        raise ConfigError(f"data: {shown(address)} redirects to '{shown(there)[:80]}'; only http(s) is followed")
-    check_address(there, f"data: {shown(address)} redirects")
-    return there
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
 
-def _close(pid: int, loop: asyncio.AbstractEventLoop, closing: dict[str, Callable[[], Awaitable[Any]]]) -> None:
+def _close(
+    pid: int,
+    loop: asyncio.AbstractEventLoop,
+    thread: threading.Thread,
+    closing: dict[str, Callable[[], Awaitable[Any]]],
+) -> None:
     if pid != os.getpid():  # a fork's copy: the connections are the parent's
         return
 
     async def close() -> None:
         for one in closing.values():
-            await one()
+            with suppress(Exception):  # the process is ending; the system closes what is left
+                await one()
+        loop.call_soon(loop.stop)  # after this is known to be done
 
-    try:
-        asyncio.run_coroutine_threadsafe(close(), loop).result(timeout=2)
-    except Exception:  # the process is ending; the system closes what is left
+    if not loop.is_running():
         return
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
+    closed = asyncio.run_coroutine_threadsafe(close(), loop)
+    if threading.current_thread() is not thread:  # the loop itself may drop the last reference, and cannot wait
+        with suppress(TimeoutError):
+            closed.result(timeout=2)
+        thread.join(timeout=2)

@@ -6,7 +6,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+_AGAIN = (408, 425, 429)  # and all from 500 on
 _RANDOM = random.SystemRandom()  # of no seed: many processes that failed together shall not come back together
+
+
+def may_pass(status: int) -> bool:
+    """Whether what a server answered with may be another answer next time."""
+    return status >= 500 or status in _AGAIN
 
 
 @dataclass(frozen=True)

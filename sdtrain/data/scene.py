@@ -1,8 +1,7 @@
 """The embedded pictures: one or two coloured shapes on a coloured ground, rendered here from a seed, with captions.
 
 64x64, anti-aliased by signed distance; eight shapes, eight colours, eight grounds, two sizes, nine places. Eight
-(colour,
-shape) pairs, one of each colour and each shape, never appear in training: the held-out compositions.
+(colour, shape) pairs, one of each colour and each shape, never appear in training: the held-out compositions.
 """
 
 from __future__ import annotations
@@ -216,6 +215,13 @@ def scenes(kind: str, seed: int, count: int) -> Iterator[tuple[Scene, str]]:
         rng = np.random.Generator(np.random.Philox(key=[seed * 2 + (kind == "held_out"), i]))
         scene = one(rng, held_out=True) if kind == "held_out" else (one(rng) if i % 2 == 0 else two(rng))
         yield scene, caption(scene, rng)
+
+
+class Shapes:
+    """These pictures as `rendered.py` writes them."""
+
+    name, size = "shapes-v1", SIZE
+    draw, render = staticmethod(scenes), staticmethod(render)
 
 
 class Vocabulary:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from sdtrain.contracts import Batch
 from sdtrain.data.address import is_remote, scheme_of, shown
+from sdtrain.data.datamodule import check_fraction, refuse_late, say
 from sdtrain.data.index import find_shards
 from sdtrain.data.lane import Lanes, LaneStream, Usable
 from sdtrain.data.quarantine import Quarantine
@@ -63,8 +63,7 @@ class SequentialDataModule(L.LightningDataModule):
         start_method: Literal["fork", "forkserver", "spawn"] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(val, float) and not 0 < val < 1:
-            raise ConfigError(f"data.val: {val} is not between 0 and 1")
+        check_fraction(val)
         self.shards, self.val, self.image_size, self._new_lanes = shards, val, image_size, reader or Lanes
         self.num_held_samples, self.allow_pipe = num_held_samples, allow_pipe
         self.num_workers, self.start_method = num_workers, start_method
@@ -99,7 +98,7 @@ class SequentialDataModule(L.LightningDataModule):
         # the same pictures each time
         self._lanes["val"] = self._new_lanes(self._addresses["val"], self.image_size, crop="center", flip=False)
         self._connect_lanes()
-        _say(f"data: {_STATISTICAL}")
+        say(f"data: {_STATISTICAL}")
 
     @property
     def fingerprint(self) -> str:
@@ -171,11 +170,7 @@ class SequentialDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go on with the shards that were not begun."""
-        if self._loader_built:
-            raise RuntimeError(
-                "the data state was restored after the training loader was built, which would train from step 0 again; "
-                "something asked for the loader too early (trainer.estimated_stepping_batches does)"
-            )
+        refuse_late(self._loader_built)
         self._step, self._place = int(state_dict["step"]), int(state_dict["place"])
 
     def _connected(self) -> tuple[int, int, int]:
@@ -193,7 +188,7 @@ class SequentialDataModule(L.LightningDataModule):
         """Says in the run's metrics, too, what this way of reading is."""
         num_shards = len(self._addresses["train"])
         if num_shards < num_lanes:
-            _say(
+            say(
                 f"data: {num_shards} shards for {num_lanes} lanes (ranks x workers): several lanes read the same shard "
                 "at a time, so that a sample comes again soon after; more and smaller shards are better"
             )
@@ -223,7 +218,7 @@ class SequentialDataModule(L.LightningDataModule):
         if not isinstance(self.val, float):
             return {"train": train, "val": self._find(self.val, "data.val")}
         if len(train) == 1:
-            _say("data: there is one shard only; it is used for training and for validation")
+            say("data: there is one shard only; it is used for training and for validation")
             return {"train": train, "val": train}
         names = {address: shown(address).rpartition("/")[2] for address in train}
         by_hash = sorted(train, key=lambda one: (hashlib.blake2b(names[one].encode()).digest(), one))
@@ -253,8 +248,3 @@ def _expand(pattern: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     return list(expand_urls(pattern))
-
-
-@rank_zero_only
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 from zlib_ng.zlib_ng import crc32
 
 from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.caption import clean_caption
-from sdtrain.data.decode import open_image
+from sdtrain.data.decode import open_image, upright_size
 from sdtrain.data.layout import ABSENT, CAPTION, IMAGE, JSON, KINDS, MAX_BYTES, is_forbidden, is_safe_key, split_name
 from sdtrain.data.metadata import Columns, read_fields
 from sdtrain.data.tar import Defect, Member, Tape, walk
@@ -34,7 +33,6 @@ _TOO_LARGE = {IMAGE: "image_too_large", CAPTION: "caption_too_large", JSON: "bad
 _MAX_RECORDS = 10_000  # rejections of one shard that are kept by name; the others are counted
 _MAX_NAMES = 5  # forbidden members that are told by name
 _MAX_SUFFIXES = 20
-_ORIENTATION = 0x0112
 
 Check = Callable[[bytes], str]  # a picture's bytes -> why it cannot be used, or ""
 
@@ -107,7 +105,7 @@ class _Sample:
         if kind == IMAGE:
             self.doubt = self.doubt or (check(data) if check else "")
             try:
-                self.side = (0, 0) if self.doubt else _upright(open_image(data))
+                self.side = (0, 0) if self.doubt else upright_size(open_image(data))
             except BadSample as bad:
                 self.doubt = bad.reason
         elif kind == CAPTION:
@@ -118,18 +116,6 @@ class _Sample:
         else:
             fields = read_fields(data)
             self.fields, self.doubt = fields or {}, self.doubt or ("bad_json" if fields is None else "")
-
-
-def _upright(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the EXIF orientation, as `decode` turns it."""
-    width, height = image.size
-    if image.format == "PNG" and "exif" not in image.info:  # or Pillow decodes it all to look behind the pixels
-        return width, height
-    try:
-        turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-    except Exception:  # broken EXIF leaves the picture as it is
-        turned = False
-    return (height, width) if turned else (width, height)
 
 
 class _Samples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ import numpy as np
 
 from sdtrain.data.bucket import Table
 from sdtrain.data.filter import apply
-from sdtrain.data.index import Index, build_index, find_shards
+from sdtrain.data.index import Index, Rows, build_index, find_shards
 from sdtrain.data.order import Order
 from sdtrain.errors import ConfigError
 
 MAX_VAL_SAMPLES = 2000
+_CHUNK_KEYS = 1 << 16
 
 Shards = str | Path | Sequence[str | Path]
 
@@ -61,6 +61,22 @@ def read_sources(sources: Mapping[str, Mapping[str, Any]]) -> list[Source]:
     if not any(source.weight for source in found):
         raise ConfigError("data.sources: no source has a weight above 0")
     return found
+
+
+def hash_keys(keys: np.ndarray | Rows) -> np.ndarray:
+    """(N,) uint64, a key's own however wide the keys are stored: splitmix64 over its words of eight bytes."""
+    hashes = np.empty(len(keys), np.uint64)
+    for first in range(0, len(keys), _CHUNK_KEYS):
+        part = np.asarray(keys[first : first + _CHUNK_KEYS])
+        words = part.astype(f"S{-(-part.dtype.itemsize // 8) * 8}").view("<u8").reshape(len(part), -1)  # (n, W)
+        found = np.zeros(len(part), np.uint64)
+        for word in words.T:
+            mixed = (found ^ word) + np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            found = np.where(word == 0, found, mixed ^ (mixed >> np.uint64(31)))  # a key has no zero byte
+        hashes[first : first + len(part)] = found
+    return hashes
 
 
 @dataclass
@@ -133,9 +149,11 @@ class Corpus:
             self.notes.append("there is one sample only; it is used for training and for validation")
             return index, index
         num_val = min(max(1, round(self.val_fraction * len(index))), MAX_VAL_SAMPLES, len(index) - 1)
-        hashes = [hashlib.blake2b(key, digest_size=8).digest() for key in index.key.tolist()]
-        order = np.argsort(np.array(hashes, "S8").view(">u8"), kind="stable")
-        return index.subset(np.sort(order[num_val:])), index.subset(np.sort(order[:num_val]))
+        hashes = hash_keys(index.key)
+        last = np.partition(hashes, num_val - 1)[num_val - 1]
+        is_held = hashes < last
+        is_held[np.flatnonzero(hashes == last)[: num_val - int(is_held.sum())]] = True  # shards may share keys
+        return index.subset(~is_held), index.subset(is_held)
 
     def _fitting(self, index: Index, table: Table) -> Index:
         has_bucket, counts = table.sort_out(index.side)

@@ -56,7 +56,8 @@ class Storage:
         self._start()
 
     def _start(self) -> None:
-        self.counts: Counter[str] = Counter()  # read_bytes, fetched_bytes, cache_hits
+        self.counts: Counter[str] = Counter()  # read_bytes, fetched_bytes, cache_hits, retries
+        self._retries_told = self.remote.num_retries
         self._files: OrderedDict[str, int] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -70,6 +71,14 @@ class Storage:
         """Closes the descriptors; they open again when they are needed."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+    def take_counts(self) -> Counter[str]:
+        """What was counted since this was last asked."""
+        with self._lock:
+            counts, self.counts = self.counts, Counter()
+        counts["retries"] += self.remote.num_retries - self._retries_told
+        self._retries_told = self.remote.num_retries
+        return counts
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("counts", "_files", "_pool", "_lock")  # one process's
@@ -137,6 +146,7 @@ class Storage:
             except OSError as error:
                 if wait is None or isinstance(error, FileNotFoundError | PermissionError):
                     raise ConfigError(f"data: {shard.address}: {error.strerror}") from error
+                self.counts["retries"] += 1
                 time.sleep(wait)
         raise AssertionError
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -24,7 +25,30 @@ _OF_THE_SCHEDULER = tuple(
 )
 
 
-class Stream(IterableDataset):
+class Batches(IterableDataset, ABC):
+    """Micro-batches without end, micro-batch j from worker j mod W."""
+
+    @abstractmethod
+    def enter_worker(self, worker: int) -> None:
+        """From here on this is the copy of a DataLoader worker."""
+
+    @abstractmethod
+    def micro_batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+        """One worker's; without workers, the only one's."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        if info is None:
+            yield from self.micro_batches(0, 1)
+            return
+        self.enter_worker(info.id)
+        try:
+            yield from self.micro_batches(info.id, info.num_workers)
+        except ConfigError as error:
+            yield error  # raised by Loader, in the main process, without the wrapping of DataLoader's own
+
+
+class Stream(Batches):
     """One rank's micro-batches from a place on. Rank and world are given: a forkserver worker cannot know them.
 
     Micro-batch j goes to worker j mod W, and DataLoader takes from its workers in turn. Every worker plans for itself.
@@ -43,18 +67,12 @@ class Stream(IterableDataset):
         self.rank, self.world, self.num_accumulate = rank, world, num_accumulate
         plan.check_split(world, num_accumulate)  # before any worker starts
 
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        if info is None:
-            yield from self._micro_batches(0, 1)
-            return
-        self.reader.enter_worker(info.id)
-        try:
-            yield from self._micro_batches(info.id, info.num_workers)
-        except ConfigError as error:
-            yield error  # raised by Loader, in the main process, without the wrapping of DataLoader's own
+    def enter_worker(self, worker: int) -> None:
+        """From here on this is the copy of a DataLoader worker."""
+        self.reader.enter_worker(worker)
 
-    def _micro_batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+    def micro_batches(self, worker: int, num_workers: int) -> Iterator[Batch]:
+        """This worker's."""
         number = 0
         for step, after in self.plan.walk(self.cursor):
             parts = self.plan.micro_batches(step, self.rank, self.world, self.num_accumulate)
@@ -68,7 +86,7 @@ class Stream(IterableDataset):
 
 
 class Loader(DataLoader):
-    """A DataLoader over a Stream, which makes the batches itself.
+    """A DataLoader over Batches, which makes the batches itself.
 
     Args:
         stream: a rank's.
@@ -76,7 +94,7 @@ class Loader(DataLoader):
         start_method: how they start: "fork", "forkserver" or "spawn"; None: as the platform does.
     """
 
-    def __init__(self, stream: Stream, num_workers: int = 0, start_method: str | None = None) -> None:
+    def __init__(self, stream: Batches, num_workers: int = 0, start_method: str | None = None) -> None:
         super().__init__(
             stream,
             batch_size=None,

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Manifest:
     num_images: int
     input_range: tuple[float, float] = (-1.0, 1.0)
     colour_order: str = "RGB"
+    latent_space: dict[str, Any] | None = None  # what `metric/latent_space.py` found; nothing depends on it
 
     def save(self, path: Path) -> None:
         """Atomic: written beside, synced, renamed."""

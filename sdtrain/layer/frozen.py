@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,3 +25,11 @@ class Frozen(nn.Module):
 
     def forward(self, *args: Any) -> Any:  # noqa: ANN401 whatever the held one takes
         return self.module(*args)
+
+
+def everything(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules inside of one, the frozen ones too."""
+    for inner in module.modules():
+        yield inner
+        if isinstance(inner, Frozen):
+            yield from everything(inner.module)

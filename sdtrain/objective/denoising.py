@@ -81,6 +81,19 @@ class Denoising:
             loss = loss + _BOUND_WEIGHT * variances.variational_bound(self.path, t, x0, predicted, fraction)
         return {"loss": loss, "t": t, "output": output, "x_t": x_t}
 
+    def x0_error(self, denoiser: Denoiser, x0: Tensor, noise: Tensor, cond: Conditioning, ratio: Tensor) -> Tensor:
+        """The mean over elements of |predicted x0 - x0|^2 at x_t = alpha x0 + sigma noise, (B,): what every
+        parametrisation is compared by, since x_t says the same of x0 on every path.
+
+        Args:
+            ratio: (B,) sigma / alpha, which is exp(-log-SNR / 2); one beyond the path's ends is taken at the nearest.
+        """
+        t = self.path.time_of(ratio)
+        at = PathPoint(*(spread(v, x0) for v in self.path(t)))
+        x_t = at.alpha * x0 + at.sigma * noise
+        found = self.to_x0(self._ask(denoiser, x_t, t, cond), x_t, t)
+        return (found - x0).square().flatten(1).mean(dim=1)
+
     def _ask(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's output at x_t, float32."""
         scaled = x_t * spread(self.path.input_scale(t), x_t)

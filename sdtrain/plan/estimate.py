@@ -4,7 +4,7 @@ one training step's shapes run through them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +17,7 @@ from sdtrain.conditioner.text import Text
 from sdtrain.conditioner.unloaded import AnyTokens
 from sdtrain.config import _compose, load_config, plus
 from sdtrain.contracts import Batch
-from sdtrain.layer.frozen import Frozen
+from sdtrain.layer.frozen import everything
 from sdtrain.layer.perceptual import Perceptual
 from sdtrain.ops.meter import Meter, measure
 from sdtrain.ops.random import Draw
@@ -125,14 +125,6 @@ def build_stage(cfg: DictConfig, name: str) -> Stage | None:
     return stage.to(torch.bfloat16) if (section.precision or cfg.precision) == "bf16-true" else stage
 
 
-def everything(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules inside of one, the frozen ones too."""
-    for inner in module.modules():
-        yield inner
-        if isinstance(inner, Frozen):
-            yield from everything(inner.module)
-
-
 def count_parameters(module: nn.Module) -> int:
     """Of all modules inside; negative where none of them learns."""
     found = {id(p): p for inner in everything(module) for p in inner.parameters(recurse=False)}
@@ -153,9 +145,7 @@ def estimate(cfg: DictConfig, name: str) -> Estimate | None:
     learned = [p for parameters in stage.parts().values() for p in parameters if p.requires_grad]
     for p in learned:
         p.grad = torch.zeros_like(p)  # held before the step, as they are where micro-batches are added up
-    runs, forward = {}, {}
-    precision = (section.precision or cfg.precision).partition("-")[0]
-    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
+    runs, forward, dtype = {}, {}, _autocast_type(cfg, name)
     for checkpointed in (True, False) if blocks else (False,):
         for module in blocks:
             module.gradient_checkpointing = checkpointed
@@ -172,6 +162,21 @@ def estimate(cfg: DictConfig, name: str) -> Estimate | None:
     counted = {n: count_parameters(part) for n, part in named.items() if isinstance(part, nn.Module)}
     latent = _latent_bytes(stage, side) if name == "diffusion" else 0
     return Estimate(side, counted, num_learned, forward, fixed, runs, is_checkpointed, whole, latent)
+
+
+def training_flops(cfg: DictConfig, name: str) -> float:
+    """An image's, forward and backward, as `Estimate.training_flops` counts them without checkpointing, in a second."""
+    stage, section = build_stage(cfg, name), cfg[name]
+    for module in everything(stage):
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    side = (section.data or cfg.data).get("image_size", 64)
+    return float(measure(partial(_loss, stage, section, 1, side, {}), _autocast_type(cfg, name)).flops)
+
+
+def _autocast_type(cfg: DictConfig, name: str) -> torch.dtype | None:
+    precision = (cfg[name].precision or cfg.precision).partition("-")[0]
+    return {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
 
 
 def _latent_bytes(stage: DiffusionStage, side: int) -> int:

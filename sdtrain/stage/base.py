@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.contracts import Batch, Context
+from sdtrain.layer.frozen import everything
 from sdtrain.ops.random import Draw
+
+NUM_BINS = 8
 
 
 def images_at_once(most: int, image_size: int) -> int:
@@ -36,11 +39,13 @@ class Stage(L.LightningModule):
         super().__init__()
         self.context, self.optim, self.clip_norm = context, optim, clip_norm
         self.ema: Any = None  # the EMA callback's, where there is one
+        self.flops_per_image = 0.0  # of training on it, where the run counted them
         self.idle_parts: Sequence[str] = ()  # that the coming optimizer step leaves as they are
         self.is_last_micro = True  # whether the optimizer steps after this micro-batch
         self.gradient_norms: dict[str, Tensor] = {}  # of the step before it, by part, on the device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._binned: dict[str, Tensor] = {}
 
     def parts(self) -> Mapping[str, Sequence[nn.Parameter]]:
         """What learns, by the name of its part; each is a parameter group."""
@@ -49,6 +54,12 @@ class Stage(L.LightningModule):
     def averaged_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What an exponential moving average is kept of."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def count_parameters(self) -> tuple[dict[str, int], int]:
+        """Of each part that learns, and of all that is frozen."""
+        learned = {name: sum(map(num_values, some)) for name, some in self.parts().items()}
+        every = {id(p): p for module in everything(self) for p in module.parameters(recurse=False)}
+        return learned, sum(map(num_values, every.values())) - sum(learned.values())
 
     @property
     def images_seen(self) -> int:
@@ -66,17 +77,39 @@ class Stage(L.LightningModule):
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def note_at(self, name: str, values: Tensor, places: Tensor) -> None:
+        """Adds values (B,) to the means of the next row by their places (B,) in [0, 1], in NUM_BINS bins, on the
+        device.
+        """
+        values = values.detach().float()
+        if name not in self._binned:
+            self._binned[name] = torch.zeros(2, NUM_BINS, device=values.device)  # sums and counts
+        bins = (places * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        self._binned[name].index_add_(1, bins, torch.stack((values, torch.ones_like(values))))
+
     def take_metrics(self) -> dict[str, float]:
         """Means since the last call, over ranks too. The one place where the host waits for the device."""
         if not self._sums:
             return {}
-        names = list(self._sums)
+        names, binned = list(self._sums), list(self._binned)
         means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        means = torch.cat((means, *(self._binned[name].flatten() for name in binned)))
         if self.trainer.world_size > 1:
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")  # sums over counts stay what they are
         self._sums.clear()
         self._counts.clear()
-        return dict(zip(names, means.tolist()))
+        self._binned.clear()
+        found = means.tolist()
+        row = dict(zip(names, found))
+        for number, name in enumerate(binned):
+            first = len(names) + 2 * NUM_BINS * number
+            sums, counts = found[first : first + NUM_BINS], found[first + NUM_BINS : first + 2 * NUM_BINS]
+            row |= {f"{name}/{_bin(i)}": s / n for i, (s, n) in enumerate(zip(sums, counts)) if n}
+        return row
+
+    def evaluate_raw(self) -> dict[str, float]:
+        """What of `evaluate` is also measured without the average."""
+        return {}
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside it, the stage holds the averaged weights, where there are any."""
@@ -140,3 +173,13 @@ class Stage(L.LightningModule):
             if learned:
                 norms[name] = torch.nn.utils.clip_grad_norm_(learned, max_norm or float("inf"), foreach=True)
         return norms
+
+
+def num_values(p: nn.Parameter) -> int:
+    """Of a parameter, all of whose values may not be here: under ZeRO-3 they are in pieces."""
+    return getattr(p, "ds_numel", p.numel())
+
+
+def _bin(number: int) -> str:
+    """0.12-0.25 of the second of eight."""
+    return f"{number / NUM_BINS:.2f}-{(number + 1) / NUM_BINS:.2f}"

@@ -5,6 +5,7 @@ proof that those on disk are of this first stage.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.manifest import Manifest, measure, weight_hash
+from sdtrain.metric.latent_space import LatentSpace
 from sdtrain.stage.base import images_at_once
 
 _BATCH = 128
@@ -26,22 +28,45 @@ def _device(first_stage: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def _moments(first_stage: nn.Module, data: L.LightningDataModule, split: str, num: int) -> Iterator[Tensor]:
-    """Posterior mean and std (B, 2, C, h, w) of the first pictures of a split, in order and in fixed batches."""
+def _encoded(
+    first_stage: nn.Module, data: L.LightningDataModule, split: str, num: int
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """The first pictures of a split (B, 3, H, W), in order and in fixed batches, and their posteriors' mean and std
+    (B, 2, C, h, w).
+    """
     device = _device(first_stage)
     size = images_at_once(_BATCH, data.image_size)
     for start in range(0, num, size):
         batch = data.load(split, range(start, min(start + size, num)), as_images=True)
         if "image" in batch:
-            yield torch.stack(first_stage.encode(batch["image"].to(device)), dim=1).cpu()
+            yield batch["image"], torch.stack(first_stage.encode(batch["image"].to(device)), dim=1).cpu()
         else:  # latents are all that is left of them
-            yield batch["latent"].float()
+            yield None, batch["latent"].float()
 
 
 def measure_latents(first_stage: nn.Module, data: L.LightningDataModule, num_images: int = 1024) -> Manifest:
     """The stage manifest, from the first training pictures."""
-    num = min(num_images, data.splits["train"])
-    return measure(first_stage, _moments(first_stage, data, "train", num), data.image_size)
+    space, has_pictures = LatentSpace(), []
+
+    def moments() -> Iterator[Tensor]:
+        for image, found in _encoded(first_stage, data, "train", min(num_images, data.splits["train"])):
+            has_pictures.append(image is not None)
+            if image is not None:
+                space.add(image, found)
+            yield found
+
+    manifest = measure(first_stage, moments(), data.image_size)
+    return replace(manifest, latent_space=space.figures()) if all(has_pictures) else manifest
+
+
+def latent_figures(manifest: Manifest) -> dict[str, Any]:
+    """What stage 1's summary says of its latents."""
+    found = manifest.latent_space or {"neighbour_correlation": None, "dead_channels": []}
+    return {
+        "weight_hash": manifest.weight_hash,
+        "neighbour_correlation": found["neighbour_correlation"],
+        "num_dead_channels": len(found["dead_channels"]),
+    }
 
 
 def cache_latents(first_stage: nn.Module, data: L.LightningDataModule, precision: str) -> None:
@@ -59,9 +84,9 @@ def cache_latents(first_stage: nn.Module, data: L.LightningDataModule, precision
                 f"diffusion.cache_latents: the latents of {data.splits[split]} pictures take "
                 f"{num_bytes >> 30} GiB of memory; set diffusion.cache_latents=false"
             )
-        moments = _moments(first_stage, data, split, data.splits[split])
+        encoded = _encoded(first_stage, data, split, data.splits[split])
         with torch.autocast(_device(first_stage).type, torch.bfloat16, enabled=precision.startswith("bf16")):
-            parts = [part.half() for part in moments]
+            parts = [moments.half() for _, moments in encoded]
         data.attach_latents(split, torch.cat(parts))
 
 
@@ -74,6 +99,32 @@ def identity(first_stage: nn.Module) -> dict[str, Any]:
         "input_range": [-1.0, 1.0],
         "colour_order": "RGB",
     }
+
+
+def text_identity(text_encoder: nn.Module) -> dict[str, Any]:
+    """What stored text embeddings are refused by."""
+    return {"weight_hash": weight_hash(text_encoder.encoder), **text_encoder.settings()}
+
+
+def use_stored_text(conditioner: nn.Module, data: L.LightningDataModule) -> None:
+    """Where the latents have text embeddings beside them, the text encoder that made them reads them.
+
+    Raises:
+        ConfigError: where the conditioner has no such encoder, naming the field that differs.
+    """
+    if data.text is None:
+        return
+    frozen = [part for part in conditioner.modules() if hasattr(part, "reads_stored") and not part.trained]
+    if not frozen:
+        raise ConfigError(
+            "data.text: stored text embeddings stand in for a frozen text encoder, and the conditioner has none; set "
+            "data.text=false"
+        )
+    identities = [text_identity(part) for part in frozen]
+    wanted = data.text["encoder"]
+    number = next((n for n, found in enumerate(identities) if found["weight_hash"] == wanted["weight_hash"]), 0)
+    data.require_text(identities[number])
+    frozen[number].reads_stored = True
 
 
 def has_latents(data: L.LightningDataModule) -> bool:

@@ -36,10 +36,17 @@ class Fanout:
         for mirror in self._mirrors:
             mirror.call("log", dict(row))
 
-    def image(self, name: str, path: Path, step: int, captions: Sequence[str] = ()) -> None:
+    def image(
+        self,
+        name: str,
+        path: Path,
+        step: int,
+        captions: Sequence[str] = (),
+        pictures: Any = None,  # noqa: ANN401 numpy
+    ) -> None:
         self._jsonl.image(name, path, step, captions)
         for mirror in self._mirrors:
-            mirror.call("image", name, path, step, list(captions))
+            mirror.call("image", name, path, step, list(captions), pictures)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """A stage is over: everything is written out, within a bounded time. `start` may follow for the next one."""

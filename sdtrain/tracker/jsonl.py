@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,16 +18,26 @@ class JsonlTracker:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._file: TextIO | None = None
+        self._lock = threading.Lock()  # a watching thread tells of a stall in the training's place
 
     def log(self, row: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(self.path)
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
         row = {**row, "time": row.get("time", round(time.time(), 3))}
-        self._file.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+        line = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+        with self._lock:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _cut_torn_line(self.path)
+                self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            self._file.write(line)
 
-    def image(self, name: str, path: Path, step: int, captions: Sequence[str] = ()) -> None:
+    def image(
+        self,
+        name: str,
+        path: Path,
+        step: int,
+        captions: Sequence[str] = (),
+        pictures: Any = None,  # noqa: ANN401, ARG002 the grid holds them
+    ) -> None:
         if path.is_relative_to(self.path.parent):
             path = path.relative_to(self.path.parent)
         self.log({"event": "image", "name": name, "step": step, "path": path, "captions": list(captions)})

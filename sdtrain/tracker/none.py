@@ -16,7 +16,14 @@ class NullTracker:
     def log(self, row: Mapping[str, Any]) -> None:
         pass
 
-    def image(self, name: str, path: Path, step: int, captions: Sequence[str] = ()) -> None:
+    def image(
+        self,
+        name: str,
+        path: Path,
+        step: int,
+        captions: Sequence[str] = (),
+        pictures: Any = None,  # noqa: ANN401 numpy
+    ) -> None:
         pass
 
     def finish(self, summary: Mapping[str, Any]) -> None:

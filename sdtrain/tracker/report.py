@@ -121,6 +121,7 @@ def _accounts(files: RunFiles) -> str:
     for stage in files.stages:
         counted = counts_of((row for row in files.rows if row.get("stage") == stage), "data/")
         cards.append(data_card(f"Data, {stage}", counted or branch(files.summary, stage, "data")))
+        cards.append(key_values(f"Looking, {stage}", branch(files.summary, stage, "looking")))
     cards.append(data_card("Data", branch(files.summary, "data")))
     cards.append(key_values("Memorisation", branch(files.summary, "diffusion", "memorisation")))
     cards.append(key_values("Stage manifest", files.manifest))

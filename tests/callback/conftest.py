@@ -30,8 +30,9 @@ class Recorder(NullTracker):
     def log(self, row):
         self.rows.append(dict(row))
 
-    def image(self, name, path, step, captions=()):
+    def image(self, name, path, step, captions=(), pictures=None):
         self.images.append((name, path, step, list(captions)))
+        self.pictures = pictures
 
 
 class TinyStage(LightningModule):
@@ -48,6 +49,8 @@ class TinyStage(LightningModule):
         self.has_preview, self.has_figures = preview, figures
         self.losses = []
         self.is_averaged = False
+        self.ema = None
+        self.flops_per_image = 0.0
         self.asked = []
 
     def training_step(self, batch, batch_idx):
@@ -90,6 +93,13 @@ class TinyStage(LightningModule):
         self.asked.append(("evaluate", self.trainer.global_step))
         time.sleep(self.evaluate_seconds)
         return {"val/psnr": 20.0 + self.trainer.global_step} if self.has_figures else {}
+
+    def count_parameters(self):
+        return {"weight": 9, "bias": 1}, 1_250_000
+
+    def evaluate_raw(self):
+        assert not self.is_averaged
+        return {"val_raw/psnr": 10.0 + self.trainer.global_step}
 
     def preview(self):
         assert self.is_averaged

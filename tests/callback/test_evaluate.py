@@ -1,6 +1,15 @@
 """Figures on held-out data at their steps, with the averaged weights."""
 
+from lightning.pytorch import Callback
+
 from sdtrain.callback.evaluate import Evaluate
+
+
+class Averaged(Callback):
+    """Something is averaged."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.ema = object()
 
 
 def test_figures_every_interval_and_at_the_end(tiny_fit):
@@ -11,6 +20,13 @@ def test_figures_every_interval_and_at_the_end(tiny_fit):
     assert stage.asked == [("evaluate", 4), ("evaluate", 6)]
     assert evaluate.last_figures == {"val/psnr": 26.0}
     assert not stage.is_averaged
+
+
+def test_the_trained_weights_are_measured_too_where_others_are_evaluated(tiny_fit):
+    evaluate = Evaluate(every_steps=2)
+    (row,) = tiny_fit([Averaged(), evaluate], max_steps=2).context.tracker.rows
+    assert (row["val/psnr"], row["val_raw/psnr"]) == (22.0, 12.0)
+    assert evaluate.last_figures == {"val/psnr": 22.0, "val_raw/psnr": 12.0}
 
 
 def test_once_where_the_last_step_is_also_an_interval(tiny_fit):

@@ -91,3 +91,29 @@ def test_a_resumed_fit_goes_on_counting(tiny_fit, tmp_path, accumulate):
 def test_an_interval_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="log.every_steps=0 must be 1 or more"):
         Log(every_steps=0)
+
+
+def looking(stage):
+    return next(c for c in stage.trainer.callbacks if isinstance(c, Log)).summary()["looking"]
+
+
+def test_the_summary_says_what_looking_took(tiny_fit, tmp_path):
+    path = tmp_path / "state.ckpt"
+    stage = tiny_fit([Log(every_steps=2), Evaluate(every_steps=2), SaveAt(3, path)], evaluate_seconds=0.05, max_steps=4)
+    found = looking(stage)
+    assert found["seconds"].keys() == {"validation"}
+    assert found["seconds"]["validation"] >= 0.1
+    assert 0 < found["share"] <= 1
+    resumed = looking(tiny_fit([Log(every_steps=2), Evaluate(every_steps=9)], max_steps=4, resume=path))
+    assert 0.05 <= resumed["seconds"]["validation"] < found["seconds"]["validation"] + 0.05  # of the first process
+
+
+@pytest.mark.parametrize(("before", "is_told"), [(599.0, False), (4000.0, False), (700.0, True)])
+def test_a_long_stage_that_looks_much_says_so_once(tiny_fit, capsys, before, is_told):
+    """30 s of 4000 s are less than 3 %, and ten minutes are too short to mind."""
+    log = Log(every_steps=2)
+    log.load_state_dict({"seconds": before, "looking_seconds": {"validation": 20.0, "save": 10.0}})
+    (_, *told) = tiny_fit([log], max_steps=2).context.tracker.rows
+    line = "tiny: looking took 4.3% of the time (validation 20 s, save 10 s); raise callback.*.every_steps"
+    assert told == ([{"stage": "tiny", "step": 2, "event": "warning", "warning": line}] if is_told else [])
+    assert capsys.readouterr().out == (f"warning: {line}\n" if is_told else "")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sdtrain.callback.log import Log
-from sdtrain.callback.progress import Progress, duration, eta_seconds, figures
+from sdtrain.callback.progress import Progress, duration, eta_seconds, figures, short
 
 LINE = re.compile(
     r"tiny 1/2  step \d+/\d+  loss \d[\d.e+-]*  \d[\d.e+]* images/s(  eta \d+s)?",
@@ -21,7 +21,11 @@ def test_plain_lines_hold_no_control_codes_and_are_few(tiny_fit, capsys):
     tiny_fit([Log(every_steps=2), Progress()], max_steps=40)
     output = capsys.readouterr().out
     lines = output.splitlines()
-    assert len(lines) == 2  # the first row and the last: the fit takes less than ten seconds
+    assert len(lines) == 5  # the plan; the first row and the last: the fit takes less than ten seconds
+    plan, lines = lines[:3], lines[3:]
+    assert plan[0] == "tiny 1/2  parameters: weight 9, bias 1, 1.25 M frozen"
+    assert plan[1] == "tiny 1/2  steps 0 to 40: 160 images; a step has 4 = 4 x 1 accumulated x 1 ranks"
+    assert plan[2].startswith("tiny 1/2  on 1 x cpu, 32-true, SingleDeviceStrategy; in /")
     assert all(LINE.fullmatch(line) for line in lines)
     assert "step 2/40" in lines[0]
     assert "eta" in lines[0]
@@ -37,7 +41,7 @@ def test_a_line_per_row_when_time_has_passed(tiny_fit, capsys):
 
 def test_progress_asks_the_stage_for_nothing(tiny_fit, capsys):
     assert tiny_fit([Progress(every_seconds=0.0)], max_steps=3).asked == []
-    assert capsys.readouterr().out == ""
+    assert "images/s" not in capsys.readouterr().out
 
 
 def read_all(leader):
@@ -57,7 +61,7 @@ def test_a_terminal_gets_one_live_line(tiny_fit, monkeypatch):
         monkeypatch.setattr(sys, "stdout", terminal)
         tiny_fit([Log(every_steps=2), Progress()], max_steps=6)
     output = read_all(leader)
-    assert "\x1b[" in output
+    assert output.index("parameters: weight 9") < output.index("\x1b[")
     assert "tiny 1/2" in output
     assert "step 6/6" in output
     assert "images/s" in output
@@ -88,6 +92,12 @@ def test_eta_leaves_out_the_warm_up_and_counts_evaluations():
     assert figures(first, later, 110) == ["loss 0.1235", "412 images/s", "eta 1m20s"]
     assert figures(first, {**later, "step": 110}, 110) == ["loss 0.1235", "412 images/s"]
     assert figures(None, None, 110) == []
+
+
+def test_numbers_are_short():
+    told = [short(value, "FLOP") for value in (0, 999, 999.6, 2.134e9, 8.2e14)]
+    assert told == ["0 FLOP", "999 FLOP", "1 kFLOP", "2.13 GFLOP", "820 TFLOP"]
+    assert [short(value) for value in (12, 859_520_964)] == ["12", "860 M"]
 
 
 def test_durations():

@@ -3,13 +3,16 @@
 import functools
 import io
 import json
+import tracemalloc
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sdtrain.config import load_config
+from sdtrain.data import source
 from sdtrain.data.bucket import Buckets
 from sdtrain.data.datamodule import ShardDataModule
 from sdtrain.data.reader import Reader
@@ -263,6 +266,24 @@ def test_state_restored_after_the_loader_was_built(make_shards):
     data.train_dataloader()
     with pytest.raises(RuntimeError, match="after the training loader was built"):
         data.load_state_dict(data.state_dict())
+
+
+def test_keys_are_hashed_together(monkeypatch):
+    """Not one by one in Python: a hundred million of them are hashed before the first step."""
+    keys = [b"%d" % n * (1 + n % 9) for n in range(3000)]
+    found = source.hash_keys(np.array(keys))
+    assert len(np.unique(found)) == len(set(keys))
+    assert (found == source.hash_keys(np.array(keys, "S50"))).all()  # however wide they are stored
+    assert found[:3].tolist() == [source.hash_keys(np.array([key]))[0] for key in keys[:3]]
+    assert abs(np.mean(found < 1 << 62) - 0.25) < 0.03
+    monkeypatch.setattr(source, "_CHUNK_KEYS", 1000)
+    assert (found == source.hash_keys(np.array(keys))).all()
+    tracemalloc.start()
+    try:
+        source.hash_keys(np.zeros(1 << 16, "S16"))
+        assert tracemalloc.get_traced_memory()[1] < 40 * (1 << 16)  # a Python object each has more
+    finally:
+        tracemalloc.stop()
 
 
 def test_validation_split(make_shards):

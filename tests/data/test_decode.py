@@ -318,7 +318,7 @@ def test_of_several_pictures_the_first_is_taken(format):
     assert (square(data) == 255).all()
 
 
-@pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 9_000), (20_000, 100), (12_000, 6_000)])
+@pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 9_000), (20_000, 100), (12_000, 6_000), (4_500, 4_500)])
 def test_bomb_is_refused_by_its_header(size):
     assert reason(png_header(*size)) == "too_many_pixels"
 
@@ -350,6 +350,32 @@ print((peak_memory_bytes() - before) >> 20)
     *reasons, megabytes = done.stdout.decode().split()
     assert reasons == ["too_many_pixels"] * 4
     assert int(megabytes) < 20
+
+
+@pytest.mark.slow
+def test_the_largest_pictures_take_less_than_200_megabytes():
+    code = """
+import sys
+from sdtrain.data.decode import decode_image
+from sdtrain.ops.memory import peak_memory_bytes
+data = sys.stdin.buffer.read()
+decode_image(data[:int(sys.argv[1])], 512, 512)
+for start, stop in zip(map(int, sys.argv[1:]), map(int, sys.argv[2:])):
+    before = peak_memory_bytes()
+    decode_image(data[start:stop], 512, 512)
+    print((peak_memory_bytes() - before) >> 20)
+"""
+    ramp = Image.linear_gradient("L")
+    # each is held to what those before it took, so the largest come last
+    whole = [encode(Image.merge("RGB", [ramp.resize((700, 700))] * 3), "JPEG")]
+    whole += [encode(ramp.resize((8_000, 8_000)), "JPEG", progressive=True)]
+    whole += [encode(Image.merge("RGBA", [ramp.resize((4_470, 4_470))] * 4), compress_level=1)]
+    whole += [encode(Image.merge("RGB", [ramp.resize((2_990, 2_990))] * 3), "WEBP", quality=10, method=0)]
+    ends = np.cumsum([len(data) for data in whole]).astype(str)
+    done = subprocess.run([sys.executable, "-c", code, *ends], input=b"".join(whole), capture_output=True, check=True)
+    more = [int(line) for line in done.stdout.split()]
+    assert sum(more) < 200
+    assert sum(more) > 100  # they were decoded
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 400)])

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdtrain.data.index import CAPTION, IMAGE, JSON, Index, build_index, find_shards
+from sdtrain.data.index import Index, build_index, find_shards
+from sdtrain.data.layout import CAPTION, IMAGE, JSON
 from sdtrain.errors import ConfigError
 
 

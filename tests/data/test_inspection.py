@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from sdtrain.data.index import CAPTION, IMAGE, build_index
+from sdtrain.data.index import build_index
 from sdtrain.data.inspection import aspects, num_bytes, quantiles, repeats, sides, spreads, words
+from sdtrain.data.layout import CAPTION, IMAGE
 
 
 @pytest.fixture

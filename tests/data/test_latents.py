@@ -24,7 +24,7 @@ from sdtrain.data.latent_file import (
     start,
 )
 from sdtrain.data.latents import LatentDataModule
-from sdtrain.data.reader import to_float
+from sdtrain.data.view import to_float
 from sdtrain.errors import ConfigError
 from sdtrain.stage.latents import check_latents, identity
 
@@ -181,13 +181,13 @@ def test_another_first_stage_is_refused_by_name(shards, precompute):
 
 def test_changed_latents_are_found(shards, precompute):
     out = precompute(shards())
-    assert find_damage(out) == []
+    assert find_damage(out, read_about(out)) == []
     for part in range(5):
         path = part_paths(out, part)[0]
         changed = bytearray(path.read_bytes())
         changed[1] ^= 0x40
         path.write_bytes(changed)
-    assert len(find_damage(out)) == 5
+    assert len(find_damage(out, read_about(out))) == 5
     about, first_stage = read_about(out), FirstStage()
     with torch.no_grad():
         first_stage.conv.bias += 1

@@ -169,10 +169,28 @@ def test_it_travels_as_its_name(folder):
     part = pickle.loads(pickle.dumps(index.subset(slice(2, 8)).subset(slice(1, 4))))
     assert part.key.tolist() == index.key.tolist()[3:6]
     loose = index.subset(np.array([8, 3]))
-    assert pickle.loads(pickle.dumps(loose)).key.tolist() == loose.key.tolist()
+    assert np.asarray(pickle.loads(pickle.dumps(loose)).key).tolist() == index.key[[8, 3]].tolist()
     edit(folder, lambda about: about.update(v=99))
     with pytest.raises(ConfigError):
         pickle.loads(sent)
+
+
+def test_a_subset_takes_no_copy(folder):
+    """Of a hundred million samples a copy of all that is known would be gigabytes."""
+    index = build_index([folder])
+    copied = index.gathered()
+    for picks in ([8, 3, 4], [0, 2, 4, 6], np.arange(9) % 2 == 1):
+        one, other = index.subset(np.array(picks)), copied.subset(np.array(picks))
+        one, other = (part.subset(np.array([2, 0])).subset(slice(0, 2)) for part in (one, other))
+        assert one.fingerprint == other.fingerprint
+        assert len(pickle.dumps(one)) < 700
+        for found in (one, pickle.loads(pickle.dumps(one)), one.gathered()):
+            assert [found.name(n) for n in range(2)] == [other.name(n) for n in range(2)]
+            for name in ("shard", *ARRAYS):
+                assert (np.asarray(getattr(found, name)) == getattr(other, name)).all()
+            assert (np.asarray(found.offset)[1] == found.offset[1]).all()
+        assert np.shares_memory(one.size.array, index.size)
+        assert one.size.chosen is one.key.chosen
 
 
 def test_an_index_that_is_made_anew_under_a_run(folder, make_folder, shards):

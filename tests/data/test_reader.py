@@ -117,7 +117,7 @@ def test_captions_are_drawn_by_seed_epoch_and_sample(make_shards, make_sample):
 
 
 def test_other_crops_are_refused(index):
-    with pytest.raises(ConfigError, match=r"data.crop='middle' is none of 'center', 'random'"):
+    with pytest.raises(ConfigError, match=r"data.reader.crop='middle' is none of 'center', 'random'"):
         Reader(index, 16, crop="middle")
 
 

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -110,6 +112,43 @@ def test_shorter_object_is_refused(remote, url, tmp_path):
     (tmp_path / "x.tar").write_bytes(DATA[:300])
     with pytest.raises(ConfigError, match=r"shard_changed: .*x\.tar: it has 300 bytes now"):
         fetch(remote, url)
+
+
+LEAVES = """
+import gc, sys, threading
+from sdtrain.data.remote import Remote
+remote = Remote()
+remote.fetch(sys.argv[1], 0, 10, int(sys.argv[2]), "v1")
+if sys.argv[3] == "in the loop":  # where a request's last reference may be dropped
+    client, done = remote._clients.pop(), threading.Event()
+    loop = client.loop
+    def drop(held):
+        held.clear()
+        gc.collect()
+        loop.call_soon(done.set)
+    held = [client]
+    del client
+    loop.call_soon_threadsafe(drop, held)
+    assert done.wait(1.5)  # it does not wait for itself
+"""
+
+
+@pytest.mark.parametrize("how", ["at exit", "in the loop"])
+def test_it_ends_without_a_word(url, how):
+    command = [
+        sys.executable,
+        "-W",
+        "always",
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        LEAVES,
+        url,
+        str(len(DATA)),
+        how,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_redirect_is_followed_within_http(remote, url, server):

@@ -376,7 +376,7 @@ def test_http_gives_what_the_files_give(make_shards, server, behaviour):
 
 def test_a_server_that_stalls_is_left(make_shards, server, monkeypatch):
     (shard,) = make_shards(5)
-    monkeypatch.setattr("sdtrain.data.transfer.open_once.__wrapped__.__defaults__", (0.3,))
+    monkeypatch.setattr("sdtrain.data.download.open_once.__wrapped__.__defaults__", (0.3,))
     start = time.monotonic()
     assert sorted(numbers(lanes([f"{server.url}/stall/{shard.name}"]).once())) == list(range(5))
     assert time.monotonic() - start < 10

@@ -5,7 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from sdtrain.data.index import ABSENT, build_index
+from sdtrain.data.index import build_index
+from sdtrain.data.layout import ABSENT
 from sdtrain.data.shard_index import digest_rows, index_path, index_shard
 from sdtrain.data.shard_walk import ARRAYS
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdtrain.data.index import ABSENT, CAPTION, IMAGE, JSON
+from sdtrain.data.layout import ABSENT, CAPTION, IMAGE, JSON
 from sdtrain.data.shard_walk import walk_shard
 
 

@@ -5,6 +5,7 @@ import torch
 
 from sdtrain.contracts import PathPoint
 from sdtrain.diffusion.path import EDM, RectifiedFlow, VariancePreserving
+from sdtrain.diffusion.prediction import coefficients
 from sdtrain.diffusion.timestep import Uniform
 from sdtrain.diffusion.variance import variational_bound
 from sdtrain.diffusion.weighting import MinSNR, Unit
@@ -188,3 +189,34 @@ def test_what_cannot_be_is_refused():
         objective("noise")
     with pytest.raises(ConfigError, match="prediction=epsilon does not determine x0"):
         objective("epsilon", VariancePreserving(zero_terminal_snr=True))
+
+
+@pytest.mark.parametrize("path", [VariancePreserving(), EDM(), VariancePreserving("cosine", zero_terminal_snr=False)])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_x0_errors_compare_across_objectives(path, prediction):
+    """The same guess of x0, said by each prediction on each path, has the error that straight lines find."""
+
+    def guess(x_t, at):  # of what every path has: x_t / alpha and the ratio
+        return 0.5 * (x_t / at.alpha) / (1 + (at.sigma / at.alpha) ** 2)
+
+    def network(made):
+        def say(x, time, cond):
+            at = PathPoint(*(v.view(-1, 1, 1, 1) for v in made.path(made.path.time_of(ratio))))
+            x_t = x / made.path.input_scale(made.path.time_of(ratio)).view(-1, 1, 1, 1)
+            x0 = guess(x_t, at)
+            c, d = coefficients(made.prediction, at)
+            return c * x0 + d * (x_t - at.alpha * x0) / at.sigma
+
+        return say
+
+    ratio, noise = torch.tensor([0.06, 0.2, 0.7, 1.0, 3.0, 12.0]), DRAW.normal("any", X0.shape[1:])
+    flow, other = objective("velocity"), objective(prediction, path)
+    expected = flow.x0_error(network(flow), X0, noise, {}, ratio)
+    torch.testing.assert_close(other.x0_error(network(other), X0, noise, {}, ratio), expected, rtol=2e-3, atol=1e-5)
+    assert (expected.diff() != 0).all()
+
+
+def test_a_ratio_beyond_the_path_is_taken_at_its_end():
+    made = objective("v", VariancePreserving())
+    ends = [made.x0_error(lambda x, t, c: x, X0, X0, {}, torch.full((6,), r)) for r in (14.7, 1000.0)]
+    torch.testing.assert_close(*ends)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sdtrain.contracts import Context
+from sdtrain.layer.frozen import Frozen
 from sdtrain.optim.adamw import AdamW
 from sdtrain.stage.base import Stage, images_at_once
 
@@ -87,3 +88,38 @@ def test_what_is_noted_is_what_it_was_then(two_parts):
     stage.note(value=value)
     value.fill_(2.0)
     assert float(stage._sums["value"]) == 1.0
+
+
+def test_parameters_are_counted_by_part_and_frozen_ones_with_what_holds_them(two_parts):
+    stage = two_parts(1.0)
+    stage.held = Frozen(nn.Sequential(nn.Linear(2, 2), Frozen(nn.Linear(1, 1))))
+    assert stage.count_parameters() == ({"large": 12, "small": 12}, 8)
+    stage.small.bias.ds_numel, stage.small.bias.data = 3, torch.empty(0)  # as ZeRO-3 leaves it
+    assert stage.count_parameters() == ({"large": 12, "small": 12}, 8)
+
+
+def test_means_by_place_are_of_all_samples_of_all_ranks(two_parts):
+    """What a mean over ranks gives of sums and of counts, not of means: ranks have other times."""
+    places = [torch.tensor([0.0, 0.1249, 0.125, 0.3]), torch.tensor([0.01, 0.3, 0.999, 1.0])]
+    values = [torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([6.0, 8.0, 10.0, 20.0])]
+    sent = []
+
+    def row(at, value, reduce):
+        stage = two_parts(1.0)
+        stage.note(loss=value.mean())
+        stage.note_at("loss_at", value[:3].requires_grad_(), at[:3])
+        stage.note_at("loss_at", value[3:], at[3:])
+        stage.trainer.world_size, stage.trainer.strategy.reduce = 2, reduce
+        assert not stage._binned["loss_at"].requires_grad
+        found = stage.take_metrics()
+        assert stage.take_metrics() == {}
+        stage.note(loss=value.mean())
+        stage.trainer.world_size = 1
+        assert stage.take_metrics().keys() == {"loss"}
+        return found
+
+    for at, value in zip(places, values):
+        row(at, value, lambda means, reduce_op: sent.append(means) or means)
+    found = row(at, value, lambda means, reduce_op: torch.stack(sent).mean(dim=0))
+    expected = {"0.00-0.12": 3.0, "0.12-0.25": 3.0, "0.25-0.38": 6.0, "0.88-1.00": 15.0}
+    assert found == pytest.approx({"loss": 6.75} | {f"loss_at/{name}": mean for name, mean in expected.items()})

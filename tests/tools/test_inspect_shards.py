@@ -64,3 +64,16 @@ def test_inspect(tool, shards, tmp_path):
     assert output.startswith("3 samples in 2 shards; ")
     assert "aesthetic >= 7" in output
     assert tool(shards[0].parent, "--filter", "aestetic > 7")[0] == 2
+
+
+def test_latents(tool, shards, first_stage):
+    code, _, error = tool(shards[0].parent, "--latents", first_stage)
+    assert code == 2
+    assert "--size: give the pictures' side, a multiple of 2" in error
+    code, output, _ = tool(shards[0].parent, "--latents", first_stage, "--size", 16)
+    assert code == 0
+    (said,) = [line for line in output.splitlines() if line.startswith("neighbours in pixels are")]
+    assert "over 20000 pairs of 10 pictures, 16 x 16" in said
+    assert -1 <= float(said.split("correlation ")[1].split()[0]) <= 1
+    rows = output[output.index("channel of latents") :].split("\n")[2:6]
+    assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]

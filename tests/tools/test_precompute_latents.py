@@ -36,23 +36,6 @@ def shards(tmp_path):
 
 
 @pytest.fixture
-def first_stage(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-
-    from sdtrain.first_stage.autoencoder_kl import AutoencoderKL
-
-    torch.manual_seed(0)
-    config = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "norm_num_groups": 4}
-    folder = tmp_path / "first" / "vae"
-    folder.mkdir(parents=True)
-    state = {name: tensor.contiguous() for name, tensor in AutoencoderKL.from_diffusers(config).state_dict().items()}
-    save_file(state, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return tmp_path / "first"
-
-
-@pytest.fixture
 def tool(capsys):
     """tool(arguments) -> (exit code, standard output, standard error), in this process."""
     spec = importlib.util.spec_from_file_location("precompute_latents", TOOL)
@@ -92,6 +75,78 @@ def test_latents_are_made_kept_and_verified(tool, first_stage, shards, tmp_path)
     code, _, error = tool(first_stage, shards, "--out", out, "--size", 32, "--flips")
     assert code == 2
     assert "image_size is 16 there, 32 here" in error
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_text_embeddings_stand_in_for_the_text_encoder(tool, first_stage, shards, save_clip, tmp_path, is_masked):
+    import torch
+
+    from sdtrain.conditioner.clip import CLIP
+    from sdtrain.conditioner.composite import Composite
+    from sdtrain.data.caption import CaptionRule
+    from sdtrain.data.latents import LatentDataModule
+    from sdtrain.errors import ConfigError
+    from sdtrain.ops.random import Draw
+    from sdtrain.stage.latents import use_stored_text
+
+    out, folder = tmp_path / "out", save_clip()
+    asked = ["--out", out, "--size", 16]
+    assert tool(first_stage, shards, *asked)[0] == 0  # embeddings may be added to latents that are there
+    before = content(out)
+    asked += ["--text", folder, "--text-tokens", 12, "--text-pooled", *(["--text-masked"] if is_masked else [])]
+    code, printed, _ = tool(first_stage, shards, *asked)
+    assert code == 0
+    assert "48 text embeddings" in printed
+    assert {name: data for name, data in content(out).items() if not name.startswith("text/")} == before
+    assert tool(first_stage, shards, *asked)[0] == 0
+
+    def conditioner(folder=folder, **options):
+        values = {"width": 16, "pooled_width": 16, "masked": is_masked, "max_tokens": 12, "dropout": 0.5} | options
+        part = CLIP(str(folder), **values)
+        return Composite({"text": part}, width=16, pooled_width=values["pooled_width"])
+
+    data = LatentDataModule(str(out), image_size=16)
+    data.connect(3, 8)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    lengths = batch["text_mask"].sum(dim=1)
+    assert (lengths < 12).all() if is_masked else (lengths == 12).all()
+    for part_bytes in (one["num_bytes"] for one in data.text["parts"]):
+        assert (part_bytes < 4 * 2 * 13 * 16) == is_masked  # four samples: unpadded where padding is not read
+    online, stored = conditioner(), conditioner()
+    use_stored_text(stored, data)
+    draw = Draw(0, batch["sample_id"], batch["epoch"])
+    seen = torch.ones(8, 12) if not is_masked else batch["text_mask"].float()
+    for drawn in (None, draw):
+        expected, told = online(batch, drawn), stored(batch, drawn)
+        assert expected.keys() == told.keys() >= {"context", "pooled"}
+        weight = expected.get("context_mask", seen).unsqueeze(-1)  # padding that is masked is not compared
+        assert (weight * (expected["context"] - told["context"])).abs().max() < 2e-3
+        assert (expected["pooled"] - told["pooled"]).abs().max() < 2e-3
+        if is_masked:
+            assert torch.equal(expected["context_mask"], told["context_mask"])
+    stored.parts["text"].encoder.forward = None  # it is not asked again
+    stored(batch)
+
+    wrong = [(conditioner(save_clip("other", 1)), "weight_hash"), (conditioner(max_tokens=11), "max_tokens")]
+    wrong += [(conditioner(masked=not is_masked), "masked"), (conditioner(layer="penultimate"), "layer")]
+    for other, field in [*wrong, (conditioner(pooled_width=None), "pooled_width")]:
+        with pytest.raises(ConfigError, match=f"another text encoder .*: {field} is"):
+            use_stored_text(other, data)
+    with pytest.raises(ConfigError, match=r"none; set data\.text=false"):
+        use_stored_text(conditioner(trained=True), data)
+    (out / "text" / "parts" / "000001.bin").write_bytes(b"x")
+    code, _, error = tool(first_stage, shards, *asked)
+    assert code == 1
+    assert "000001.bin damaged" in error
+    code, _, error = tool(first_stage, shards, *asked[:-1], "--text-layer", "penultimate")
+    assert code == 2
+    assert "layer is last there, penultimate here" in error
+    with pytest.raises(ConfigError, match=r"data\.caption: .* set data\.text=false"):
+        LatentDataModule(str(out), image_size=16, caption=CaptionRule(prefix="a ")).setup()
+    without = LatentDataModule(str(out), image_size=16, caption=CaptionRule(prefix="a "), text=False)
+    without.connect(3, 8)
+    assert "text_states" not in next(iter(without.train_dataloader()))
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,7 +20,7 @@ WANDB = Path(sys.executable).with_name("wandb")
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
@@ -56,6 +58,78 @@ def test_an_offline_run_holds_rows_config_picture_and_summary(tmp_path, monkeypa
     assert "hunter2" not in json.dumps(records)
     leaks = [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     assert leaks == []
+
+
+def test_lineage_histograms_alerts_and_a_table_of_prompts_arrive(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "grid.png")
+    (tmp_path / "autoencoder").mkdir()
+    (tmp_path / "autoencoder" / "wandb_id").write_text("autoencoder-123\n")
+    tracker = WandbTracker()
+    tracker.start(tmp_path, "quick", "diffusion", {"seed": 1})
+    tracker.log({"event": "start", "stage": "diffusion", "step": 4, "config_hash": "c0", "first_stage": "f0"})
+    tracker.log({"stage": "diffusion", "step": 5, "images": 40, "latent": {"low": -1, "high": 1, "counts": [1, 6]}})
+    tracker.log({"event": "alert", "stage": "diffusion", "step": 5, "title": "loss spike", "text": "it rose"})
+    pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    tracker.image("diffusion/samples", tmp_path / "grid.png", 5, ["a star", "a ring"], pictures)
+    tracker.finish({"weight_hash": "w0", "psnr": 21.0})
+
+    (segment,) = (tmp_path / "wandb").glob("offline-run-*")
+    records = inspect(segment)
+    told = [r["config"]["update"]["lineage"] for r in records if r["type"] == "config"]
+    lineage = {"config_hash": "c0", "first_stage": "f0", "parent_run_id": "autoencoder-123"}
+    assert told[-2:] == [lineage, {**lineage, "weight_hash": "w0"}]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    drawn = next(row for row in rows if row.get("images") == 40)
+    assert {k: v for k, v in drawn.items() if k.startswith("latent.")} == {
+        "latent._type": "histogram",
+        "latent.values": [1, 6],
+        "latent.bins": [-1, 0, 1],
+    }
+    (alert,) = [record["alert"] for record in records if record["type"] == "alert"]
+    assert (alert["title"], alert["text"]) == ("loss spike", "it rose")
+    (path,) = (segment / "files" / "media" / "table").rglob("*.table.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["step", "prompt", "picture"]
+    assert [row[:2] for row in table["data"]] == [[5, "a star"], [5, "a ring"]]
+    staged = [path for path in (tmp_path / "wandb" / "artifacts").rglob("*") if path.is_file()]
+    assert sum(path.read_bytes().startswith(b"\x89PNG") for path in staged) >= 1  # of two that are the same
+    assert {"step", "images"} <= {r["metric"].get("name") for r in records if r["type"] == "metric"}
+    assert [r["artifact"]["type"] for r in records if r["type"] == "artifact"] == ["run_table"]
+
+
+def test_an_offline_run_asks_no_network(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, address)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "grid.png")
+        tracker = WandbTracker()
+        tracker.start(tmp_path, "quick", "diffusion", {})
+        tracker.log({"event": "start", "stage": "diffusion", "step": 0, "first_stage": "f0"})
+        tracker.log({"step": 1, "loss": 0.5})
+        tracker.log({"event": "alert", "title": "loss spike", "text": "it rose"})
+        tracker.image("samples", tmp_path / "grid.png", 1, ["a star"], np.zeros((1, 8, 8, 3), np.uint8))
+        tracker.finish({"psnr": 21.0})
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_an_online_run_has_artifacts_of_its_manifests(tmp_path):
+    """Where they are made, without the server that takes them: W&B writes the record of an offline run, too."""
+    (tmp_path / "diffusion" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (tmp_path / "diffusion" / "checkpoints" / "step_00000002" / "COMPLETE.json").write_text("{}")
+    (tmp_path / "diffusion" / "first_stage.json").write_text("{}")
+    tracker = WandbTracker()
+    tracker.start(tmp_path, "quick/run", "diffusion", {})
+    tracker._is_online = True
+    tracker.log({"event": "start", "stage": "diffusion", "step": 0, "first_stage": "f0", "config_hash": "c0"})
+    tracker.finish({"psnr": 21.0})
+    (segment,) = (tmp_path / "wandb").glob("offline-run-*")
+    (artifact,) = [record["artifact"] for record in inspect(segment) if record["type"] == "artifact"]
+    assert (artifact["name"], artifact["type"]) == ("quick-run-diffusion", "model")
+    assert json.loads(artifact["metadata"])["first_stage"] == "f0"
+    assert {entry["path"] for entry in artifact["manifest"]["contents"]} == {"COMPLETE.json", "first_stage.json"}
 
 
 def test_a_second_process_goes_on_under_the_same_id_and_stages_have_their_own(tmp_path):

@@ -26,9 +26,10 @@ from timing import compare, machine
 from zlib_ng.zlib_ng import crc32
 
 from sdtrain.data.decode import decode_image
-from sdtrain.data.index import CAPTION, IMAGE, build_index
+from sdtrain.data.index import build_index
 from sdtrain.data.latent_file import PREPROCESSING, PartWriter, finish, start
 from sdtrain.data.latents import LatentDataModule
+from sdtrain.data.layout import CAPTION, IMAGE
 from sdtrain.data.members import Members
 from sdtrain.data.shard_writer import write_shards
 from sdtrain.data.storage import Storage

@@ -1,6 +1,7 @@
-"""The words as a data set: written once, read back as shards, splits apart, and one that cannot be written."""
+"""The embedded data sets: written once, read back as shards, splits apart, and one that cannot be written."""
 
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,33 +10,42 @@ import webdataset
 from PIL import Image
 
 from sdtrain.data import rendered
-from sdtrain.data.lettering import HELD_OUT, letterings, render
+from sdtrain.data.lettering import HELD_OUT, Words
+from sdtrain.data.rendered import RenderedDataModule
+from sdtrain.data.scene import Shapes
 from sdtrain.data.shard_writer import write_shards
-from sdtrain.data.words import WordsDataModule
 from sdtrain.errors import ConfigError
 
 SIZES = {"num_train": 48, "num_val": 12, "num_held_out": 8}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    module = WordsDataModule(str(tmp_path_factory.mktemp("words")), **SIZES)
-    module.prepare_data()
-    module.setup()
-    return module
+def make(tmp_path_factory):
+    def written(pictures):
+        module = RenderedDataModule(str(tmp_path_factory.mktemp(pictures.name)), pictures, **SIZES)
+        module.prepare_data()
+        module.setup()
+        return module
+
+    return written
 
 
-def test_pictures_and_captions_are_read_back_as_they_were_drawn(data):
+@pytest.fixture(scope="module")
+def data(make):
+    return make(Words())
+
+
+@pytest.mark.parametrize("pictures", [Shapes(), Words()], ids=["shapes", "words"])
+def test_pictures_and_captions_are_read_back_as_they_were_drawn(pictures, make):
+    data = make(pictures)
     assert data.splits == {"train": 48, "val": 12, "held_out": 8}
     for split, which in (("train", ("mixed", 0, 48)), ("val", ("mixed", 1, 12)), ("held_out", ("held_out", 0, 8))):
-        shown, told = zip(*letterings(*which))
+        shown, told = zip(*pictures.draw(*which))
         batch = data.load(split, range(len(shown)))
         pixels = ((batch["image"].permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
-        assert (pixels == render(shown)).all()
+        assert (pixels == pictures.render(shown)).all()
         assert batch["caption"] == list(told) == data.captions(split)
-        assert [found["colour"] for found in data.attributes(split)] == [picture.colour for picture in shown]
-        texts = [[word["text"] for word in found["things"]] for found in data.attributes(split)]
-        assert texts == [[word.text for word in picture.things] for picture in shown]
+        assert data.attributes(split) == [json.loads(json.dumps(picture.attributes())) for picture in shown]
 
 
 def test_the_splits_are_apart(data):
@@ -74,15 +84,15 @@ def test_of_several_processes_one_writes_it(tmp_path, data, monkeypatch):
     """Threads here: a lock on another opening of the file holds them up as it does processes."""
     written = []
     monkeypatch.setattr(rendered, "write_shards", lambda *given: (written.append(given[1].name), write_shards(*given)))
-    modules = [WordsDataModule(str(tmp_path), **SIZES) for _ in range(3)]
+    modules = [RenderedDataModule(str(tmp_path), Words(), **SIZES) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(WordsDataModule.prepare_data, modules))
+        list(pool.map(RenderedDataModule.prepare_data, modules))
     assert written == ["train-%05d.tar", "val-%05d.tar", "held_out-%05d.tar"]
     assert [module.fingerprint for module in modules] == [data.fingerprint] * 3
 
 
 def test_another_seed_is_another_folder(tmp_path):
-    first, second = (WordsDataModule(str(tmp_path), words_seed=seed, **SIZES) for seed in (0, 1))
+    first, second = (RenderedDataModule(str(tmp_path), Words(), seed, **SIZES) for seed in (0, 1))
     assert first.folder.name == "words-v1-0-48-12-8"
     assert second.folder != first.folder
 
@@ -90,11 +100,11 @@ def test_another_seed_is_another_folder(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="data.root: cannot write the pictures to .*file.*; set data.root=DIR"):
-        WordsDataModule(str(tmp_path / "file"), **SIZES).prepare_data()
+        RenderedDataModule(str(tmp_path / "file"), Words(), **SIZES).prepare_data()
 
 
 def test_more_pictures_than_are_rendered_at_once(tmp_path):
-    module = WordsDataModule(str(tmp_path), num_train=501, num_val=1, num_held_out=1)
+    module = RenderedDataModule(str(tmp_path), Words(), num_train=501, num_val=1, num_held_out=1)
     module.prepare_data()
     assert module.splits == {"train": 501, "val": 1, "held_out": 1}
     assert module.load("train", [500])["key"] == ["train-00000/train_000500"]

@@ -1,0 +1,75 @@
+"""Where a process of a run began, with the hashes of all that it depends on, and what it has read since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from sdtrain.callback.ending import read_json
+from sdtrain.callback.every import EverySteps
+from sdtrain.contracts import Context
+
+
+class Accounts(EverySteps):
+    """An event `start` with the run's lineage, then every `every_steps` optimizer steps, and at the last one, a row of
+    what no loss says: restarts, the average's decay, and what was read and replaced, as the first rank counts it.
+    """
+
+    def __init__(self, every_steps: int = 1000) -> None:
+        super().__init__(every_steps)
+        self._num_restarts = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        context = pl_module.context
+        self._num_restarts = num_starts(context.run_directory / "metrics.jsonl", context.stage)
+        context.tracker.log(
+            {
+                "event": "start",
+                **self._place(trainer, pl_module),
+                "world_size": trainer.world_size,
+                **lineage(context, getattr(trainer.datamodule, "about", None)),
+            }
+        )
+
+    @override
+    def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        average = pl_module.ema
+        decay = {} if average is None else {"ema_decay": average.profiles[0].kept(average.num_updates)}
+        counts = {f"data/{name}": count for name, count in trainer.datamodule.accounting().items()}
+        pl_module.context.tracker.log({**self._place(trainer, pl_module), **decay, **counts})
+
+    def _place(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        place = {"stage": pl_module.context.stage, "step": trainer.global_step, "images": pl_module.images_seen}
+        return place | {"restarts": self._num_restarts}
+
+
+def lineage(context: Context, latents: dict[str, Any] | None) -> dict[str, str]:
+    """What this stage's weights come from, by hash: the config, the data, and in stage 2 the first stage and, where
+    `latents` says what is in a cache, that.
+    """
+    found = {"config_hash": context.config_hash, "data_fingerprint": context.data_fingerprint}
+    if (first_stage := read_json(context.directory / "first_stage.json")) is not None:
+        found["first_stage"] = first_stage["weight_hash"]
+    if latents is not None:
+        found["latents"] = hashlib.sha256("".join(part["sha256"] for part in latents["parts"]).encode()).hexdigest()
+    return found
+
+
+def num_starts(metrics: Path, stage: str) -> int:
+    """How often this stage was begun before."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open(encoding="utf-8", errors="replace") as lines:
+        starts = [json.loads(line) for line in lines if line.startswith('{"event": "start"') and line.endswith("}\n")]
+    return sum(row["stage"] == stage for row in starts)

@@ -1,0 +1,75 @@
+"""Where a run began and what it read: in a real run of both stages, and in files that a crash left."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sdtrain.callback.accounts import Accounts, lineage, num_starts
+from sdtrain.contracts import Context
+from sdtrain.optim.averaging import Exponential
+from sdtrain.tracker.jsonl import JsonlTracker, read_rows
+
+
+def test_a_run_tells_what_it_comes_from_and_what_it_read(finished):
+    rows = read_rows(finished / "metrics.jsonl")
+    starts = {row["stage"]: row for row in rows if row.get("event") == "start"}
+    assert list(starts) == ["recognition", "autoencoder", "diffusion"]
+    complete = json.loads(max((finished / "diffusion" / "checkpoints").glob("*/COMPLETE.json")).read_text())
+    told = starts["diffusion"]
+    assert {key: told[key] for key in ("config_hash", "data_fingerprint")} == {
+        key: complete[key] for key in ("config_hash", "data_fingerprint")
+    }
+    manifest = json.loads((finished / "autoencoder" / "manifest.json").read_text())
+    assert told["first_stage"] == manifest["weight_hash"]
+    assert "first_stage" not in starts["autoencoder"]
+    assert (told["step"], told["restarts"], told["world_size"]) == (0, 0, 1)
+    (account,) = [row for row in rows if row.get("stage") == "diffusion" and "data/read" in row]
+    assert (account["step"], account["images"], account["restarts"]) == (4, 32, 0)
+    assert account["data/read"] >= 32
+    assert account["data/replaced"] == 0
+    assert account["ema_decay"] == pytest.approx(4 / 13)
+
+
+def test_restarts_are_counted_by_stage_from_what_was_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert num_starts(path, "diffusion") == 0
+    tracker = JsonlTracker(path)
+    context = Context("diffusion", tmp_path, tmp_path / "diffusion", tracker, 0, 4, 9)
+    for stage in ("autoencoder", "diffusion", "diffusion"):
+        tracker.log({"event": "start", "stage": stage, "step": 0})
+        tracker.log({"stage": stage, "step": 1, "loss": 0.5})
+    tracker.finish({})
+    with path.open("a") as file:
+        file.write('{"event": "start", "stage": "diff')  # cut off
+    assert (num_starts(path, "autoencoder"), num_starts(path, "diffusion")) == (1, 2)
+
+    average = SimpleNamespace(profiles=[Exponential(0.5)], num_updates=100)
+    data = SimpleNamespace(accounting=lambda: {"read": 8, "replaced/corrupt": 1})
+    trainer = SimpleNamespace(is_global_zero=True, global_step=5, world_size=2, datamodule=data)
+    stage = SimpleNamespace(context=context, images_seen=20, ema=average)
+    accounts = Accounts(every_steps=1)
+    accounts.on_train_start(trainer, stage)
+    accounts.act(trainer, stage)
+    begun, row = read_rows(path)[-2:]
+    assert (begun["event"], begun["step"], begun["restarts"], begun["world_size"]) == ("start", 5, 2, 2)
+    assert {key: row[key] for key in list(row)[:-1]} == {
+        **{"stage": "diffusion", "step": 5, "images": 20, "restarts": 2, "ema_decay": 0.5},
+        **{"data/read": 8, "data/replaced/corrupt": 1},
+    }
+    trainer.is_global_zero = False
+    accounts.on_train_start(trainer, stage)
+    accounts.act(trainer, stage)
+    assert len(read_rows(path)) == 8  # as before
+
+
+def test_the_latents_of_a_cache_are_one_hash(tmp_path):
+    context = Context("diffusion", tmp_path, tmp_path, None, 0, 4, 9, config_hash="c", data_fingerprint="d")
+    (tmp_path / "first_stage.json").write_text('{"weight_hash": "w"}')
+    about = {"parts": [{"sha256": "12"}, {"sha256": "34"}]}
+    wanted = hashlib.sha256(b"1234").hexdigest()
+    assert lineage(context, about) == {
+        **{"config_hash": "c", "data_fingerprint": "d"},
+        **{"first_stage": "w", "latents": wanted},
+    }
