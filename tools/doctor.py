@@ -88,6 +88,7 @@ def look(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[Line]:
         ("packages", lambda: packages(uses_deepspeed)),
         ("gpu", lambda: gpu(values if overrides else None)),
         ("compiler", lambda: compiler(uses_deepspeed, values)),
+        ("cpu kernels", cpu_kernels),
         ("disk", lambda: disk(Path(values["output_dir"]).expanduser())),
         ("shared memory", shared_memory),
         ("open files", open_files),
@@ -191,6 +192,15 @@ def compiler(uses_deepspeed: bool, values: dict[str, Any]) -> Iterator[Line]:
         yield Line("ninja", status, "found" if ninja else "none", advice)
         nvcc = shutil.which("nvcc")
         yield Line("nvcc", "pass" if nvcc else "note", nvcc or "none; DeepSpeed's CUDA operators cannot be built here")
+
+
+def cpu_kernels() -> Iterator[Line]:
+    """What runs faster on a CPU where gcc builds it, and as torch does it where not."""
+    from sdtrain.layer.kernels import library
+
+    found = library()
+    advice = "install gcc, and make ~/.cache writable; a CPU trains faster with them" if found is None else ""
+    yield Line("cpu kernels", "note" if found is None else "pass", found._name if found else "not built", advice)
 
 
 def disk(directory: Path) -> Iterator[Line]:

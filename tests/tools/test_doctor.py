@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdtrain.data.shard_writer import write_shards
+from sdtrain.layer import kernels
 
 TOOL = Path(__file__).parents[2] / "tools" / "doctor.py"
 SMOKE = ("+experiment=smoke", "accelerator=cpu")
@@ -115,6 +116,14 @@ def test_no_compiler(doctor, monkeypatch):
     assert next(doctor.compiler(False, off)).status == "note"
     assert next(doctor.compiler(True, off)).status == "fail"
     assert next(doctor.compiler(False, off | {"diffusion": {"compile": True}})).status == "fail"
+
+
+def test_kernels_that_are_not_built(doctor, monkeypatch):
+    assert next(doctor.cpu_kernels()).status == ("note" if kernels.library() is None else "pass")
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    (line,) = doctor.cpu_kernels()
+    assert line.status == "note"
+    assert "gcc" in line.advice
 
 
 def test_a_look_that_breaks_is_a_line(doctor, monkeypatch, lines):
