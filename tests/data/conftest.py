@@ -110,7 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(how, b"", {})
         if how.startswith("to "):
             return self._answer(302, b"", {"Location": how[3:]})
-        data = (server.folder / self.path.split("?")[0].lstrip("/")).read_bytes()
+        file = server.folder / self.path.split("?")[0].lstrip("/")
+        if not file.is_file():
+            return self._answer(404, b"", {})
+        data = file.read_bytes()
         start, end = (int(word) for word in asked.removeprefix("bytes=").split("-"))
         part = data[start : end + 1]
         return self._part(how, data, part, start, end)
