@@ -177,6 +177,7 @@ def test_mistakes_end_with_2_and_one_line(tool, run, protocol, tmp_path):
         ({"metric": {"other": ["fd"]}}, "no such extractor"),
         ({"planted": 1}, "must have exactly the keys"),
         ({"source": "dreams"}, "neither samples nor reconstructions"),
+        ({"source": "reconstructions", "metric": {"pixels": ["ms_ssim"]}}, "161 pixels a side"),
     ]:
         code, printed, error = tool(run, "--protocol", protocol(**changes))
         assert (code, printed) == (2, ""), changes
