@@ -80,6 +80,18 @@ class TimeTextEmbed(nn.Module):
         return self.timestep_embedder(sinusoidal(time, _TIME_WIDTH).to(pooled.dtype)) + self.text_embedder(pooled)
 
 
+def _check_widths(dim: int, caption_dim: int, joint_dim: int | None, pooled_dim: int | None) -> None:
+    if caption_dim != dim:
+        raise ConfigError(
+            f"model: caption_projection_dim is num_attention_heads x attention_head_dim = {dim}, not {caption_dim}"
+        )
+    if joint_dim is None or pooled_dim is None:
+        raise ConfigError(
+            "model: an MMDiT needs a conditioner with text and a pooled output; its joint_attention_dim is "
+            f"{joint_dim}, its pooled_projection_dim {pooled_dim}"
+        )
+
+
 class MMDiT(nn.Module):
     """Predicts velocity, noise or data from a noised latent, the time, and a conditioning by text.
 
@@ -122,16 +134,7 @@ class MMDiT(nn.Module):
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        if caption_projection_dim != dim:
-            raise ConfigError(
-                f"model: caption_projection_dim is num_attention_heads x attention_head_dim = {dim}, "
-                f"not {caption_projection_dim}"
-            )
-        if joint_attention_dim is None or pooled_projection_dim is None:
-            raise ConfigError(
-                "model: an MMDiT needs a conditioner with text and a pooled output; its joint_attention_dim is "
-                f"{joint_attention_dim}, its pooled_projection_dim {pooled_projection_dim}"
-            )
+        _check_widths(dim, caption_projection_dim, joint_attention_dim, pooled_projection_dim)
         if beyond := [i for i in dual_attention_layers if not 0 <= i < num_layers]:
             raise ConfigError(f"model: dual_attention_layers are of 0 to {num_layers - 1}, not {beyond[0]}")
         if qk_norm not in (None, "rms_norm"):
