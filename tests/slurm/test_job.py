@@ -61,6 +61,14 @@ def test_it_is_requeued_at_its_limit_and_goes_on(slurm, send, tmp_path):
     assert [f"attempt {n} of job {job}" in log(tmp_path, "diffusion", job) for n in (1, 2, 3)] == [True, True, False]
 
 
+def test_the_controllers_own_signal_comes_ahead_of_a_real_limit(slurm, send):
+    """Nobody but Slurm's clock sends it; a script without the signal would be ended at the limit, as TIMEOUT."""
+    shell = "trap 'step; leave REQUEUE' USR1; [ ${SLURM_RESTART_COUNT:-0} = 0 ] && for _ in $(seq 8); do wait_for; done"
+    limits = ["cluster.time_minutes=2", "cluster.max_step_seconds=5", "cluster.max_save_seconds=5"]
+    record = slurm.wait(send(f"{shell}; exit 0", *limits)["diffusion"], seconds=180)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+
+
 def test_a_run_that_makes_no_step_twice_is_not_requeued_for_ever(slurm, send, tmp_path):
     job = send("leave REQUEUE")["diffusion"]
     record = slurm.wait(job)
