@@ -122,13 +122,9 @@ class Tracker(Protocol):
     """Where numbers and pictures go. Only rank 0 holds one that writes."""
 
     def log(self, row: Mapping[str, Any]) -> None: ...
+    # `path` is of the grid; `pictures` are its uint8 (H, W, 3), one a caption
     def image(
-        self,
-        name: str,
-        path: Path,  # of the grid
-        step: int,
-        captions: Sequence[str] = (),
-        pictures: Any = None,  # numpy uint8 (N, H, W, 3), one a caption
+        self, name: str, path: Path, step: int, captions: Sequence[str] = (), pictures: Sequence[Any] = ()
     ) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 

@@ -64,15 +64,12 @@ class _Half(nn.Module):
 
     def _run(self, x: Tensor, *levels: _Mid | _Level) -> Tensor:
         x = self.conv_in(x)
-        for block in (*(block for level in levels for block in level.blocks()), self._activation):
+        for block in (*(block for level in levels for block in level.blocks()), self.conv_norm_out):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
             else:
                 x = block(x)
         return self.conv_out(x)
-
-    def _activation(self, x: Tensor) -> Tensor:
-        return self.conv_norm_out(x)
 
 
 class Encoder(_Half):

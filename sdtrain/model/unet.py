@@ -121,16 +121,15 @@ class UNet(nn.Module):
         self.needs = self._needs(cross_attention_dim is not None)
         self.seats = (*self.needs, *(("context_mask",) if "context" in self.needs else ()), "concat")
 
-        per_level = {
-            "layers_per_block": layers_per_block,
-            "attention_head_dim": attention_head_dim,
-            "transformer_layers_per_block": transformer_layers_per_block,
-            "only_cross_attention": only_cross_attention,
-            "down_block_types": [DOWN_BLOCKS[_one_of("a down_block_type", k, DOWN_BLOCKS)] for k in down_block_types],
-            "up_block_types": [UP_BLOCKS[_one_of("an up_block_type", k, UP_BLOCKS)] for k in reversed(up_block_types)],
-        }
-        lists = [_per_level(name, value, len(block_out_channels)) for name, value in per_level.items()]
-        shapes = [LevelShape(*values) for values in zip(block_out_channels, *lists)]
+        shapes = _level_shapes(
+            block_out_channels,
+            layers_per_block=layers_per_block,
+            attention_head_dim=attention_head_dim,
+            transformer_layers_per_block=transformer_layers_per_block,
+            only_cross_attention=only_cross_attention,
+            down_block_types=[DOWN_BLOCKS[_one_of("a down_block_type", k, DOWN_BLOCKS)] for k in down_block_types],
+            up_block_types=[UP_BLOCKS[_one_of("an up_block_type", k, UP_BLOCKS)] for k in reversed(up_block_types)],
+        )
         maker = LevelMaker(temb, norm_num_groups, norm_eps, dropout, cross_attention_dim, use_linear_projection)
         self.down_blocks, skips = maker.down(shapes)
         mid_attends = MID_BLOCKS[_one_of("mid_block_type", mid_block_type, MID_BLOCKS)]
@@ -270,6 +269,11 @@ def _one_of(name: str, value: str | None, known: Collection[str | None]) -> str 
     if value not in known:
         raise ConfigError(f"model: {name} is one of {', '.join(kind or 'null' for kind in known)}, not {value!r}")
     return value
+
+
+def _level_shapes(widths: Sequence[int], **per_level: Any) -> list[LevelShape]:  # noqa: ANN401 one value, or a list
+    lists = [_per_level(name, value, len(widths)) for name, value in per_level.items()]
+    return [LevelShape(*values) for values in zip(widths, *lists)]
 
 
 def _per_level(name: str, value: Any, levels: int) -> list[Any]:  # noqa: ANN401 one value, or a list of them

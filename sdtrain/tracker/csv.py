@@ -41,12 +41,7 @@ class CsvTracker:
         csv.writer(self._file, lineterminator="\n").writerow([found.get(key, "") for key in self._columns])
 
     def image(
-        self,
-        name: str,
-        path: Path,
-        step: int,
-        captions: Sequence[str] = (),
-        pictures: Any = None,  # noqa: ANN401 numpy
+        self, name: str, path: Path, step: int, captions: Sequence[str] = (), pictures: Sequence[Any] = ()
     ) -> None:
         """A table has no pictures; they lie in DIR/<stage>/samples."""
 

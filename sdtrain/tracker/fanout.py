@@ -37,12 +37,7 @@ class Fanout:
             mirror.call("log", dict(row))
 
     def image(
-        self,
-        name: str,
-        path: Path,
-        step: int,
-        captions: Sequence[str] = (),
-        pictures: Any = None,  # noqa: ANN401 numpy
+        self, name: str, path: Path, step: int, captions: Sequence[str] = (), pictures: Sequence[Any] = ()
     ) -> None:
         self._jsonl.image(name, path, step, captions)
         for mirror in self._mirrors:

@@ -36,7 +36,7 @@ class JsonlTracker:
         path: Path,
         step: int,
         captions: Sequence[str] = (),
-        pictures: Any = None,  # noqa: ANN401, ARG002 the grid holds them
+        pictures: Sequence[Any] = (),  # noqa: ARG002 the grid holds them
     ) -> None:
         if path.is_relative_to(self.path.parent):
             path = path.relative_to(self.path.parent)

@@ -17,12 +17,7 @@ class NullTracker:
         pass
 
     def image(
-        self,
-        name: str,
-        path: Path,
-        step: int,
-        captions: Sequence[str] = (),
-        pictures: Any = None,  # noqa: ANN401 numpy
+        self, name: str, path: Path, step: int, captions: Sequence[str] = (), pictures: Sequence[Any] = ()
     ) -> None:
         pass
 

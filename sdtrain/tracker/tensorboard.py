@@ -57,7 +57,7 @@ class TensorboardTracker:
         path: Path,
         step: int,
         captions: Sequence[str] = (),
-        pictures: Any = None,  # noqa: ANN401, ARG002 the grid holds them
+        pictures: Sequence[Any] = (),  # noqa: ARG002 the grid holds them
     ) -> None:
         import numpy as np
         from PIL import Image

@@ -91,19 +91,14 @@ class WandbTracker:
             self._run.log({**numbers(row), **_histograms(row)})
 
     def image(
-        self,
-        name: str,
-        path: Path,
-        step: int,
-        captions: Sequence[str] = (),
-        pictures: Any = None,  # noqa: ANN401 numpy
+        self, name: str, path: Path, step: int, captions: Sequence[str] = (), pictures: Sequence[Any] = ()
     ) -> None:
         if self._run is None:
             return
         import wandb
 
         shown = {name: wandb.Image(str(path), caption=" | ".join(captions)[:2000] or None)}
-        if pictures is not None:
+        if len(pictures):
             rows = [[step, prompt, wandb.Image(picture)] for prompt, picture in zip(captions, pictures)]
             shown[f"{name}_by_prompt"] = wandb.Table(columns=["step", "prompt", "picture"], data=rows)
         self._run.log({**shown, "step": step})

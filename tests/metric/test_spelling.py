@@ -48,7 +48,7 @@ def blurred(images, sigma, noise):
     ids=["sharp", "blurred", "more blurred", "very blurred"],
 )
 def test_it_reads_real_and_softened_pictures(reader, kind, sigma, noise, least):
-    pictures = pictures_of(kind, 50 if sigma else 100)
+    pictures = pictures_of(kind, 100 if sigma else 200)
     images = render(pictures)
     score = reader.score(blurred(images, sigma, noise) if sigma else images, attributes_of(pictures))
     print(f"{kind}, blur {sigma}, noise {noise}: {score}")
