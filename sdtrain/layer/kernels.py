@@ -1,8 +1,8 @@
 """GroupNorm with SiLU, and GEGLU, each in one pass over memory on a CPU: `kernels.c`, built at first use.
 
 torch takes a kernel for each step and float32 between them (`tools/bench/kernels.py` times both). A C compiler is
-looked for once; without one torch's own operations do the same, as they do on every other device, under `torch.compile` and in
-other precisions.
+looked for once; without one torch's own operations do the same, as they do on every other device, under
+`torch.compile` and in other precisions.
 """
 
 from __future__ import annotations
