@@ -31,6 +31,7 @@ from sdtrain.checkpoint.commit import find_resume
 from sdtrain.continuation import check_continuation, config_hash, resolve_and_redact, write_config
 from sdtrain.contracts import Context
 from sdtrain.errors import ConfigError, RunError
+from sdtrain.ops.denormal import flush_denormals
 from sdtrain.ops.memory import keep_freed_memory
 from sdtrain.stage.base import Stage, num_values
 from sdtrain.strategy.commit_io import CommitIO
@@ -58,6 +59,7 @@ class Session:
         self.fitting: L.Trainer | None = None
         check_slurm(cfg.devices, cfg.num_nodes)
         keep_freed_memory()
+        flush_denormals()
         changes = check_continuation(self.directory, cfg)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,11 +1,14 @@
-"""Times two or more functions in turn (A B A B ...) in one process, and prints medians and the ratio to the last."""
+"""Times two or more functions in turn (A B A B ...), and prints medians and the ratio to the last."""
 
 from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -24,6 +27,43 @@ def compare(functions: Mapping[str, Callable[[], object]], rounds: int = 9) -> d
     for name, seconds in medians.items():
         print(f"  {name:44s} {seconds * 1e3:9.2f} ms   {medians[peer] / seconds:5.2f}x of the speed of {peer}")
     return medians
+
+
+class Contestant:
+    """A function in a process of its own: how memory is kept and denormals are taken is settled once a process."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        command = [sys.executable, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> None:
+        self._ask("step")
+
+    def end(self) -> float:
+        """Ends the process; the most memory it held, or that its accelerator did, in GiB."""
+        return float(self._ask("end"))
+
+    def _ask(self, word: str) -> str:
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{' '.join(self.process.args)} ended with {self.process.wait()}")
+        return answer
+
+
+def serve(step: Callable[[], object]) -> None:
+    """What a Contestant's process does: a step when it is told to, and its memory at the end."""
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        step()
+        print("done", flush=True)
+    if torch.cuda.is_available():
+        print(torch.cuda.max_memory_allocated() / 2**30)
+    else:  # getrusage would give a child the parent's peak
+        lines = Path("/proc/self/status").read_text().splitlines()
+        print(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20)
 
 
 def machine() -> str:

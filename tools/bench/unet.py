@@ -1,31 +1,36 @@
-"""A training step of our U-Net beside diffusers', in one process, same weights, same loss, A B A B.
+"""A training step of our U-Net beside diffusers', in turn (A B A B), same weights, same loss, a process each.
 
-    python tools/bench/unet.py [--precision bf16|fp32] [--rounds 5] [--compiled] [--size 32] [--batch 4] [--model sd2]
+    python tools/bench/unet.py [--precision bf16|fp32] [--rounds 5] [--compiled|--denormals] [--size 32] [--batch 4]
+        [--model sd2]
 
 Peers: `UNet2DConditionModel` as diffusers' training scripts run it (NCHW, eager, AdamW as torch makes it), and the same
 tuned by hand (channels-last, fused AdamW); with --compiled, that one compiled whole beside ours compiled by region.
 A step is forward, MSE in float32, backward, clip and AdamW, with autocast for bf16. The share of the measured matmul
-peak and, for each alone in a process of its own, the peak memory stand beside every figure.
+peak and the process's peak memory stand beside every figure. A process each, because a run's own settings (memory kept,
+denormals flushed) hold for all in a process: in one with us the peers would have them too.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from timing import compare, machine, matmul_peak
+from safetensors.torch import load_file, save_file
+from timing import Contestant, compare, machine, matmul_peak, serve
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.model.unet import UNet
 from sdtrain.ops.compile import compile_regions
+from sdtrain.ops.denormal import flush_denormals
 from sdtrain.ops.memory import keep_freed_memory
 
 MODELS = {
@@ -54,13 +59,15 @@ class Bench:
         self.x, self.target, self.context = (torch.randn(s, generator=generator).to(self.device) for s in shapes)
         self.time = (torch.rand(self.batch, generator=generator) * 1000).to(self.device)
 
-    def contestant(self, name: str, weights: dict[str, torch.Tensor] | None = None) -> Callable[[], None]:
-        """A function that takes one training step. All contestants start at the same weights where they are given."""
-        torch.manual_seed(0)
+    def contestant(self, name: str, weights: str) -> Callable[[], None]:
+        """A function that takes one training step from the weights in a file; ours is set up as a run's process is."""
+        if "sdtrain" in name:
+            keep_freed_memory()
+            if "denormals" not in name:
+                flush_denormals()
         with torch.device(self.device):
             net: nn.Module = UNet(**self.config) if "sdtrain" in name else UNet2DConditionModel(**self.config)
-        if weights is not None:
-            net.load_state_dict(weights)
+        net.load_state_dict(load_file(weights))
         if "shipped" not in name:
             net.to(memory_format=torch.channels_last)
         if "compiled" in name:
@@ -81,7 +88,6 @@ class Bench:
             if self.device == "cuda":
                 torch.cuda.synchronize()
 
-        step.net = net  # type: ignore[attr-defined]
         return step
 
     def train_flops(self) -> int:
@@ -95,22 +101,13 @@ class Bench:
         return 3 * self.batch * counter.get_total_flops()
 
 
-def peak_memory(name: str) -> float:
-    """GiB of a process that takes three steps of one contestant alone."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--alone", name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def alone(bench: Bench, name: str) -> None:
-    """Three steps, then the most memory that was held, in GiB."""
-    step = bench.contestant(name)
-    for _ in range(3):
-        step()
-    if bench.device == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**30)
-    else:  # getrusage would give a child the parent's peak
-        lines = Path("/proc/self/status").read_text().splitlines()
-        print(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20)
+@contextmanager
+def same_weights(bench: Bench) -> Iterator[Path]:
+    """A file with weights that every contestant starts from."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(UNet(**bench.config).state_dict(), Path(folder) / "weights.safetensors")
+        yield Path(folder) / "weights.safetensors"
 
 
 def main() -> None:
@@ -122,32 +119,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--denormals", action="store_true", help="ours beside itself with denormals kept")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    if arguments.alone is not None and "sdtrain" not in arguments.alone:
-        return alone(bench, arguments.alone)
-    keep_freed_memory()  # as `python -m sdtrain` does; the peers in this process gain by it too
     if arguments.alone is not None:
-        return alone(bench, arguments.alone)
+        return serve(bench.contestant(*arguments.alone))
     print(f"{machine()}, {' '.join(sys.argv[1:]) or 'defaults'}")
     names = ["sdtrain", "diffusers, tuned", "diffusers, as shipped"]
     if arguments.compiled:
         names = ["sdtrain, compiled by region", "diffusers, tuned, compiled whole"]
-    steps = {names[0]: bench.contestant(names[0])}
-    weights = {key: value.clone() for key, value in steps[names[0]].net.state_dict().items()}  # type: ignore[attr-defined]
-    steps |= {name: bench.contestant(name, weights) for name in names[1:]}
-    if arguments.compiled:
+    if arguments.denormals:
+        names = ["sdtrain", "sdtrain, denormals kept"]
+    with same_weights(bench) as weights:
+        steps = {name: Contestant([*sys.argv, "--alone", name, str(weights)]) for name in names}
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            print(f"  {name:44s} {time.perf_counter() - start:9.1f} s to the end of the first step")
+            if arguments.compiled:
+                print(f"  {name:44s} {time.perf_counter() - start:9.1f} s to the end of the first step")
     medians = compare(steps, rounds=arguments.rounds)
     flops, peak = bench.train_flops(), matmul_peak(torch.bfloat16 if bench.is_bf16 else torch.float32)
     for name, seconds in medians.items():
         print(
             f"  {name:44s} {bench.batch / seconds:7.2f} images/s, {flops / seconds / peak:6.1%} of "
-            f"{peak / 1e12:.2f} TFLOP/s, peak memory {peak_memory(name):.2f} GiB"
+            f"{peak / 1e12:.2f} TFLOP/s, peak memory {steps[name].end():.2f} GiB"
         )
     return None
 
