@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ class Batch(TypedDict, total=False):
     attributes: list[dict[str, Any] | None]  # the sample's .json member
     sample_id: Tensor  # (B,) int64, the sample's stable number in the index
     epoch: Tensor  # (B,) int64, how often the sample's source was gone through before
+    place: Tensor  # (B,) int64, where in the run's order of all samples it stands; in training only
     original_size: Tensor  # (B, 2) int64, height and width of the file's picture, upright; with `image` only
     crop_top_left: Tensor  # (B, 2) int64, where the crop stands in the picture when scaled to cover its target
     target_size: Tensor  # (B, 2) int64, height and width of `image`
@@ -103,8 +104,18 @@ class FirstStage(Protocol):
     def unwhiten(self, latent: Tensor) -> Tensor: ...
 
 
+class Input(NamedTuple):
+    """Something of a batch that a conditioner reads, and that whoever draws pictures therefore says."""
+
+    kind: Literal["text", "label", "picture", "mask", "size", "place"]
+    at: Literal["image_size", "latent_size"] = "image_size"  # of a picture: what size it is wanted at
+    is_needed: bool = True
+
+
 class Conditioner(Protocol):
     """Batch -> Conditioning. It owns its dropout (a draw is given in training only) and its null condition."""
+
+    inputs: Mapping[str, Input]  # by their keys in the batch
 
     def __call__(self, batch: Batch, draw: Draw | None = None) -> Conditioning: ...
     def unconditional(self, batch: Batch) -> Conditioning: ...

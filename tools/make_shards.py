@@ -4,6 +4,7 @@
 
 Captions stand in x.txt beside x.png, or in one captions.jsonl or captions.csv with the columns file_name (or file) and
 caption (or text). Pictures are copied as they are; what cannot be trained on is left out and counted with its reason.
+Beside x.png may stand x.mask.png, white where to paint, and x.source.png, the picture to edit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.caption import clean_caption
 from sdtrain.data.decode import decode_image
 from sdtrain.data.index import build_index
+from sdtrain.data.layout import COMPANIONS, IMAGE_SUFFIXES
 from sdtrain.data.shard_writer import write_shards
 from sdtrain.errors import ConfigError
 
@@ -83,10 +85,11 @@ def find_pairs(folder: Path) -> tuple[list[tuple[Path, bytes]], Counter[str]]:
                 raise ConfigError(f"{folder / name} has no rows; write one a picture, with file_name and caption")
             return sorted(rows), Counter()
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    pictures = [path for path in pictures if Path(path.stem).suffix[1:] not in COMPANIONS or _caption(path).is_file()]
     others = sum(path.suffix.lower() in OTHER_IMAGES for path in folder.rglob("*"))
     if not pictures:
         raise ConfigError(f"{folder} has no pictures ({', '.join(sorted(IMAGES))})")
-    pairs = [(path, path.with_suffix(".txt")) for path in pictures]
+    pairs = [(path, _caption(path)) for path in pictures]
     found = [(path, caption.read_bytes()) for path, caption in pairs if caption.is_file()]
     if not found:
         raise ConfigError(
@@ -94,6 +97,10 @@ def find_pairs(folder: Path) -> tuple[list[tuple[Path, bytes]], Counter[str]]:
             "or one captions.jsonl or captions.csv with the columns file_name and caption into the folder"
         )
     return found, +Counter(no_caption=len(pictures) - len(found), not_an_image=others)
+
+
+def _caption(path: Path) -> Path:
+    return path.with_suffix(".txt")
 
 
 def read_samples(
@@ -110,12 +117,24 @@ def read_samples(
             decode_image(data, CHECK_SIZE, CHECK_SIZE)
             if path.suffix.lower() not in IMAGES:
                 raise BadSample("not_an_image")
+            companions = dict(_read_companions(path))
         except BadSample as bad:
             skipped[bad.reason] += 1
             continue
         counts["empty"] += not text
         key = _key(path, folder, taken)
-        yield {"__key__": key, path.suffix[1:].lower(): data, "txt": caption}
+        yield {"__key__": key, path.suffix[1:].lower(): data, **companions, "txt": caption}
+
+
+def _read_companions(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Members by suffix, such as mask.png."""
+    for name in COMPANIONS:
+        for suffix in IMAGE_SUFFIXES:
+            if (file := path.with_suffix(f".{name}.{suffix}")).is_file():
+                data = file.read_bytes()
+                decode_image(data, CHECK_SIZE, CHECK_SIZE)
+                yield f"{name}.{suffix}", data
+                break
 
 
 def _key(path: Path, folder: Path, taken: set[str]) -> str:

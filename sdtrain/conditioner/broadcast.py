@@ -30,7 +30,7 @@ class Broadcast(nn.Module):
             raise ConfigError("text.pooled_width is null: there is no pooled output to join to the input")
         if width not in (None, text.width):
             raise ConfigError(f"width is {width}, but text has {text.width}; null leaves its context out")
-        self.text, self.width, self.pooled_width = text, width, pooled_width
+        self.text, self.width, self.pooled_width, self.inputs = text, width, pooled_width, text.inputs
 
     def prepare(self, directory: Path, captions: Callable[[], Sequence[str]]) -> None:
         """The text's tokenizer, where it learns one."""

@@ -45,6 +45,7 @@ class Composite(nn.Module):
             if said != found:
                 raise ConfigError(f"{name} is {said}, but the parts {', '.join(self.parts)} give {found} together")
         self.width, self.pooled_width, self.join = width, pooled_width, join
+        self.inputs = {key: read for part in self.parts.values() for key, read in part.inputs.items()}
 
     def prepare(self, directory: Path, captions: Callable[[], Sequence[str]]) -> None:
         """Every part that learns from the captions, in a directory of its own."""

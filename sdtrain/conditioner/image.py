@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sdtrain.conditioner.dropout import dropped
 from sdtrain.conditioner.mask import draw_masks
-from sdtrain.contracts import Batch, Conditioning, NoisePath
+from sdtrain.contracts import Batch, Conditioning, Input, NoisePath
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
@@ -23,6 +23,8 @@ class MaskedImage(nn.Module):
         width, pooled_width: null, as there is no text.
     """
 
+    inputs = {"image": Input("picture"), "mask": Input("mask")}
+
     def __init__(self, whole: float = 0.25, width: None = None, pooled_width: None = None) -> None:
         super().__init__()
         self.whole, self.width, self.pooled_width = whole, width, pooled_width
@@ -30,10 +32,9 @@ class MaskedImage(nn.Module):
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
         """The mask at the latents' size, as inpainting pipelines take it, and the encoded rest of the picture."""
         image = _picture(batch, "image")
-        mask = batch.get("mask")
-        if mask is None:
-            mask = draw_masks(draw or _own_draw(batch), *image.shape[2:], self.whole)
-        mask = (mask.to(image.device) >= 0.5).float()
+        drawn = draw_masks(draw or _own_draw(batch), *image.shape[2:], self.whole)
+        mask = batch.get("mask", drawn).to(image.device)
+        mask = (torch.where(mask < 0, drawn, mask) >= 0.5).float()  # below 0: the sample has none
         small = F.interpolate(mask, batch["latent_size"])  # (B, 1, h, w)
         return {"concat": torch.cat((small, batch["encode"](image * (1 - mask))), dim=1)}  # (B, 1 + C, h, w)
 
@@ -46,7 +47,7 @@ class LowResolution(nn.Module):
     """Upscaling (Ho et al. 2022, "Cascaded diffusion models", section 4): {"concat": (B, 3, h, w), "class_labels":
     (B,)}, the small picture with noise on it, and how much.
 
-    The batch's `low_resolution` (B, 3, h, w), or the picture made small. The null condition is the same.
+    The batch's `image`, made small where it is not. The null condition is the same.
 
     Args:
         path: of the noise on it.
@@ -55,6 +56,8 @@ class LowResolution(nn.Module):
         noise_level: without a draw.
         width, pooled_width: null, as there is no text.
     """
+
+    inputs = {"image": Input("picture", at="latent_size")}
 
     def __init__(
         self,
@@ -76,8 +79,7 @@ class LowResolution(nn.Module):
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
         """The small picture at the latents' size, noised."""
-        image = batch["low_resolution"] if "low_resolution" in batch else _picture(batch, "image")
-        size = tuple(batch["latent_size"])
+        image, size = _picture(batch, "image"), tuple(batch["latent_size"])
         if tuple(image.shape[2:]) != size:
             image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)  # (B, 3, h, w)
         own = draw or _own_draw(batch)
@@ -102,6 +104,8 @@ class SourceImage(nn.Module):
         dropout_group: conditions of one group are dropped together, those of different groups independently.
         width, pooled_width: null, as there is no text.
     """
+
+    inputs = {"source": Input("picture")}
 
     def __init__(
         self, dropout: float = 0.05, dropout_group: str = "source", width: None = None, pooled_width: None = None

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from sdtrain.conditioner.dropout import dropped
-from sdtrain.contracts import Batch, Conditioning
+from sdtrain.contracts import Batch, Conditioning, Input
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
 
 class Label(nn.Module):
     """A sample's class -> {"class_labels": (B,) int64}, for a denoiser's table with one row more: the null class.
+
+    The batch's `label`, or where there is none what a training sample says.
 
     Args:
         num_class_embeds: rows of the denoiser's table: the classes and, last, the null class, whose row is learned.
@@ -28,6 +30,8 @@ class Label(nn.Module):
     Raises:
         ConfigError: where names and rows do not match.
     """
+
+    inputs = {"label": Input("label")}
 
     def __init__(
         self,
@@ -66,15 +70,20 @@ class Label(nn.Module):
         Raises:
             ConfigError: naming the sample that has none, or one that there is not.
         """
-        said: Any = batch["caption"][i]
-        if self.key is not None:
-            said = ((batch.get("attributes") or {i: None})[i] or {}).get(self.key)
+        place, said = self._said(batch, i)
         number = said
         if isinstance(said, str):
-            number = self._number.get(said) if self.names else int(said) if said.isdecimal() else None
+            number = self._number.get(said, int(said) if said.isdecimal() else None)
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < self.num_classes:
             return number
         sample = batch["key"][i] if "key" in batch else f"number {i}"
-        place = "its caption" if self.key is None else f"'{self.key}' in its .json"
         wanted = "a name of conditioner.names" if self.names else f"a whole number from 0 to {self.num_classes - 1}"
         raise ConfigError(f"sample {sample}: {place} is {said!r}, not {wanted}")
+
+    def _said(self, batch: Batch, i: int) -> tuple[str, Any]:
+        """Where sample i's class stands, and what stands there."""
+        if "label" in batch:
+            return "its label", batch["label"][i]
+        if self.key is None:
+            return "its caption", batch["caption"][i]
+        return f"'{self.key}' in its .json", ((batch.get("attributes") or {i: None})[i] or {}).get(self.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sdtrain.contracts import Batch, Conditioning
+from sdtrain.contracts import Batch, Conditioning, Input
 from sdtrain.ops.random import Draw
 
 
@@ -14,6 +14,8 @@ class Nothing(nn.Module):
     Args:
         width, pooled_width: null, as there is no text for a denoiser to attend to.
     """
+
+    inputs: dict[str, Input] = {}
 
     def __init__(self, width: None = None, pooled_width: None = None) -> None:
         super().__init__()

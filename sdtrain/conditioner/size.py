@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtrain.contracts import Batch, Conditioning
+from sdtrain.contracts import Batch, Conditioning, Input
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
@@ -23,6 +23,12 @@ class Size(nn.Module):
         width, pooled_width: null, as there is no text.
     """
 
+    inputs = {
+        "original_size": Input("size", is_needed=False),
+        "crop_top_left": Input("place", is_needed=False),
+        "target_size": Input("size", is_needed=False),
+    }
+
     def __init__(self, width: None = None, pooled_width: None = None) -> None:
         super().__init__()
         self.width, self.pooled_width = width, pooled_width
@@ -30,13 +36,14 @@ class Size(nn.Module):
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:  # noqa: ARG002 never dropped
         """The batch's sizes."""
-        num, target = len(batch["caption"]), self.place.new_tensor(batch["image_size"])
-        found = [batch[name].to(target) for name in ("original_size", "crop_top_left") if name in batch]
-        own = torch.cat(found or [target, torch.zeros_like(target)], dim=-1).expand(num, 4).clone()  # (B, 4)
+        num, picture = len(batch["caption"]), self.place.new_tensor(batch["image_size"])
+        own = {"original_size": picture, "crop_top_left": torch.zeros_like(picture), "target_size": picture}
+        found = [batch.get(name, value).to(picture).expand(num, 2) for name, value in own.items()]
+        sizes = torch.cat(found, dim=1)  # (B, 6)
         for i, said in enumerate(batch.get("attributes") or []):
             for place, value in _said(batch, i, said or {}):
-                own[i, place] = value
-        return {"sizes": torch.cat((own, target.expand(num, 2)), dim=1)}  # (B, 6)
+                sizes[i, place] = value
+        return {"sizes": sizes}
 
     def unconditional(self, batch: Batch) -> Conditioning:
         """The same: guidance moves away from no text, not from no size."""

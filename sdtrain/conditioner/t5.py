@@ -50,6 +50,8 @@ class T5(TextEncoder):
         super().__init__(encoder, tokens, trained, dropout, dropout_group, empty_caption, masked)
         self.width, self.pooled_width, self.max_tokens = width, None, max_tokens
         self.register_buffer("silence", torch.zeros(()), persistent=False)
+        if pretrained is None:
+            self.inputs = {}
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
         """A batch's captions; with a draw, some of them dropped."""

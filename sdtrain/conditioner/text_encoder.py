@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdtrain.conditioner.dropout import dropped
 from sdtrain.conditioner.tokenizer import Tokens
-from sdtrain.contracts import Batch, Conditioning
+from sdtrain.contracts import Batch, Conditioning, Input
 from sdtrain.layer.frozen import Frozen
 from sdtrain.ops.random import Draw
 
@@ -29,13 +29,15 @@ class TextEncoder(nn.Module, ABC):
         masked: whether padding is masked (`context_mask`), for the denoiser and for an encoder that looks ahead.
     """
 
+    inputs = {"caption": Input("text")}
+
     def __init__(
         self,
         encoder: nn.Module,
         tokens: Tokens | None,
-        trained: bool,
-        dropout: float,
-        dropout_group: str,
+        trained: bool = False,
+        dropout: float = 0.1,
+        dropout_group: str = "",
         empty_caption: Literal["encoded", "zeros"] = "encoded",
         masked: bool = False,
     ) -> None:

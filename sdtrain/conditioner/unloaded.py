@@ -1,10 +1,13 @@
-"""Pretrained text encoders at their true sizes with nothing loaded: what a plan asks instead of `clip` and `t5`."""
+"""Pretrained text encoders at their true sizes with nothing loaded: what a plan asks instead of `clip` and `t5`.
+
+No config names these, so their arguments need not be spelled out for the preflight: `values` are `TextEncoder`'s.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +43,6 @@ class CLIP(TextEncoder):
     """As `sdtrain.conditioner.clip.CLIP`: of the config in its folder, or else of the known size that its width has, in
     float32, as OpenAI's is saved.
 
-    Args:
-        pretrained, trained, dropout, dropout_group, empty_caption, width, pooled_width, layer, masked, max_tokens: as
-            there.
-
     Raises:
         ConfigError: for a width that no known model has.
     """
@@ -51,15 +50,11 @@ class CLIP(TextEncoder):
     def __init__(
         self,
         pretrained: str,
-        trained: bool = False,
-        dropout: float = 0.1,
-        dropout_group: str = "",
-        empty_caption: Literal["encoded", "zeros"] = "encoded",
         width: int = 768,
         pooled_width: int | None = None,
         layer: Layer = "last",
-        masked: bool = False,
         max_tokens: int = 77,
+        **values: Any,  # noqa: ANN401
     ) -> None:
         config = None
         with suppress(ConfigError):
@@ -77,7 +72,7 @@ class CLIP(TextEncoder):
                 max_position_embeddings=max_tokens,
             )
         encoder = (CLIPTextModelWithProjection if pooled_width else CLIPTextModel)(config)
-        super().__init__(encoder, AnyTokens(max_tokens), trained, dropout, dropout_group, empty_caption, masked)
+        super().__init__(encoder, AnyTokens(max_tokens), **values)
         self.width, self.pooled_width, self.layer = width, pooled_width, layer
 
     def encode(self, ids: Tensor, mask: Tensor) -> Conditioning:  # noqa: ARG002 as there
@@ -89,9 +84,6 @@ class T5(TextEncoder):
     """As `sdtrain.conditioner.t5.T5`: of the config in its folder, or else of the known size that its width has, in
     half precision, as Stable Diffusion 3's is saved.
 
-    Args:
-        pretrained, trained, dropout, dropout_group, empty_caption, width, masked, max_tokens: as there.
-
     Raises:
         ConfigError: for a width that no known model has.
     """
@@ -99,13 +91,9 @@ class T5(TextEncoder):
     def __init__(
         self,
         pretrained: str,
-        trained: bool = False,
-        dropout: float = 0.1,
-        dropout_group: str = "",
-        empty_caption: Literal["encoded", "zeros"] = "encoded",
         width: int = 4096,
-        masked: bool = False,
         max_tokens: int = 256,
+        **values: Any,  # noqa: ANN401
     ) -> None:
         config = None
         with suppress(ConfigError):
@@ -115,8 +103,8 @@ class T5(TextEncoder):
             sizes = {"d_model": width, "d_kv": 64, "d_ff": inner, "num_layers": num_layers, "num_heads": num_heads}
             config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes)
         encoder = T5EncoderModel(config)
-        encoder = encoder if trained else encoder.half()
-        super().__init__(encoder, AnyTokens(max_tokens), trained, dropout, dropout_group, empty_caption, masked)
+        encoder = encoder if values.get("trained") else encoder.half()
+        super().__init__(encoder, AnyTokens(max_tokens), **values)
         self.width, self.pooled_width = width, None
 
     def encode(self, ids: Tensor, mask: Tensor) -> Conditioning:  # noqa: ARG002 as there

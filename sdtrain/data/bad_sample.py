@@ -8,6 +8,8 @@ REASONS = (
     "too_many_pixels",
     "too_small",
     "decode_error",
+    "other_size",
+    "no_source",
     "caption_too_large",
     "caption_not_utf8",
     "empty_caption",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,9 @@ class ShardDataModule(L.LightningDataModule):
         cache_bytes: so much memory may hold decoded pictures when there are no workers.
         max_samples: train on the first so many alone.
     """
+
+    # The first words of what `accounting` says of the whole run. Its other counts are each process's own.
+    same_on_every_rank = ("lost", "filtered", "bucket", "rejected", "left_out", "epoch")
 
     def __init__(
         self,
@@ -106,6 +109,20 @@ class ShardDataModule(L.LightningDataModule):
                 how = {"num_cached": num_cached, "crop": "center", "flip": False}  # the same pictures each time
             self._readers[split] = self._new_reader(index, self.image_size, **how)
         self._connect_readers()
+
+    def accompany(self, names: Collection[str]) -> None:
+        """Batches carry those of the companions that are named, a mask where the sample has one.
+
+        Raises:
+            ConfigError: where no sample has what nothing stands in for.
+        """
+        self.setup()
+        for split, reader in self._readers.items():
+            reader.accompany(names)
+            if "source" in names and not reader.index.has("source"):
+                raise ConfigError(f"data: no sample of {split} has a source, such as x.source.png beside x.png")
+            if "mask" in names and not reader.index.has("mask"):
+                say(f"data: no sample of {split} has a mask, such as x.mask.png beside x.png; masks are drawn")
 
     @property
     def num_train(self) -> int:

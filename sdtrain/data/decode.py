@@ -66,6 +66,7 @@ def decode_image(
     crop: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
     ground: tuple[int, int, int] = (255, 255, 255),
+    is_whole: bool = False,
 ) -> Decoded:
     """Turn upright, flip, scale to cover, crop. Of an animation the first frame is taken.
 
@@ -75,6 +76,7 @@ def decode_image(
             place is as likely.
         flip: mirror the picture, left to right.
         ground: what is seen through transparent pixels, as RGB.
+        is_whole: decode a JPEG in its full size, so that files of one size, whatever their formats, are cut alike.
 
     Raises:
         BadSample: where there is no picture to be had.
@@ -87,7 +89,7 @@ def decode_image(
     if is_transposed:  # from here to the resize in the stored picture's own rows and columns
         target, reverses, crop = target[::-1], reverses[::-1], crop[::-1]
     factor = min(old / new for old, new in zip(stored, target))
-    image, part = _load(image, factor, ground)
+    image, part = _load(image, 1.0 if is_whole else factor, ground)
     factor /= part
     slack = [max(old / part - new * factor, 0.0) for old, new in zip(stored, target)]
     start, cut = [], []

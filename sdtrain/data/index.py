@@ -18,7 +18,9 @@ import numpy as np
 
 from sdtrain.data.address import is_remote, scheme_of, shown
 from sdtrain.data.download import expand
+from sdtrain.data.layout import ABSENT, COMPANIONS, JSON
 from sdtrain.data.manifest import ShardRecord, fingerprint_of, is_index_folder, merge_losses, open_folder
+from sdtrain.data.metadata import COMPANION_COLUMNS
 from sdtrain.data.shard_index import Shard, index_shard
 from sdtrain.data.shard_walk import ARRAYS, Loss
 from sdtrain.errors import ConfigError
@@ -86,6 +88,21 @@ class Index:
     def name(self, sample: int) -> str:
         """ "shard/key", for people."""
         return f"{self.shards[self.shard[sample]].stem}/{self.key[sample].decode()}"
+
+    def has(self, name: str) -> bool:
+        """Whether any sample has this companion."""
+        return COMPANION_COLUMNS[name][0] in self.columns
+
+    def places(self, samples: np.ndarray, kinds: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Offset, size (ABSENT where there is none) and checksum of some members, (B, K) each."""
+        own = [kind for kind in kinds if kind <= JSON]
+        offset, size, crc = (array[samples][:, own].astype(np.int64) for array in (self.offset, self.size, self.crc))
+        for name in (name for name, kind in COMPANIONS.items() if kind in kinds):  # they stand last
+            found = [np.nan_to_num(self.columns[column][samples], nan=ABSENT) for column in COMPANION_COLUMNS[name]]
+            offset, size, crc = (
+                np.column_stack((array, value.astype(np.int64))) for array, value in zip((offset, size, crc), found)
+            )
+        return offset, size, crc
 
     def subset(self, samples: np.ndarray | slice) -> Index:
         """Some of the samples, renumbered; the losses stay with the whole. Of a mapped index little is copied."""

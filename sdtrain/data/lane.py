@@ -22,14 +22,13 @@ from sdtrain.data.address import shown
 from sdtrain.data.attributes import parse_json
 from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.caption import CaptionRule
-from sdtrain.data.decode import Decoded, decode_image
-from sdtrain.data.layout import CAPTION, IMAGE, JSON
+from sdtrain.data.layout import CAPTION, COMPANIONS, IMAGE, JSON
 from sdtrain.data.one_pass import Losses, Raw, read_shard
 from sdtrain.data.order import permutation
 from sdtrain.data.retry import Retry
 from sdtrain.data.shard_index import Shard
 from sdtrain.data.stream import Batches
-from sdtrain.data.view import View, check_crop, draw_views, pictured
+from sdtrain.data.view import Pictures, View, check_crop, decode_pictures, draw_views, pictured
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
@@ -49,7 +48,7 @@ class Usable(NamedTuple):
     """A sample that can be trained on."""
 
     placed: Placed
-    picture: Decoded
+    picture: Pictures
     caption: str
     attributes: dict[str, Any] | None
     sample_id: int
@@ -92,6 +91,7 @@ class Lanes:
         self.caption, self.shuffle_samples, self.retry = caption or CaptionRule(), shuffle_samples, retry or Retry()
         self.accounting = Accounting(self.shards, 1 << 62, num_workers, max_bad_fraction)
         self.losses = Losses(num_workers)
+        self.companions: tuple[str, ...] = ()  # that batches carry, where samples have them
 
     def enter_worker(self, worker: int) -> None:
         """From here on this is the copy of a DataLoader worker: counts and files of its own."""
@@ -177,7 +177,8 @@ class Lanes:
             raise BadSample(raw.fault)
         attributes = None if raw.members[JSON] is None else parse_json(raw.members[JSON])
         caption = self.caption(raw.members[CAPTION], attributes, view.draw)
-        picture = decode_image(raw.members[IMAGE], *view.size, crop=view.crop, flip=view.flip, ground=self.ground)
+        companions = {name: raw.members[COMPANIONS[name]] for name in self.companions}
+        picture = decode_pictures(raw.members[IMAGE], companions, view, self.ground)
         self.accounting.add("decoded", 1)
         return Usable(placed, picture, caption, attributes, sample_id, epoch)
 
@@ -224,6 +225,8 @@ class LaneStream(Batches):
             part = list(islice(samples, self.micro_batch_size))
             newest = max(newest, *(sample.placed.place for sample in part))
             batch = self.lanes.batch(part)
+            micro_batch = (self.step * self.num_accumulate + number) * self.world + self.rank
+            batch["place"] = torch.arange(self.micro_batch_size) + micro_batch * self.micro_batch_size
             batch["cursor"] = {
                 "step": self.step + number // self.num_accumulate + 1,
                 "place": self.start + ((newest - self.start) // num_lanes + 1) * num_lanes,

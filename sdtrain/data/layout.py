@@ -6,10 +6,14 @@ from sdtrain.data.caption import MAX_CAPTION_BYTES
 from sdtrain.data.decode import MAX_IMAGE_BYTES
 
 IMAGE, CAPTION, JSON = range(3)  # the columns of an index's `offset`, `size` and `crc`
+COMPANIONS = {"mask": 3, "source": 4}  # pictures that go with the picture: x.mask.png beside x.png, by their batch key
 ABSENT = -1
 MAX_JSON_BYTES = 256 * 1024
-MAX_BYTES = (MAX_IMAGE_BYTES, MAX_CAPTION_BYTES, MAX_JSON_BYTES)
-KINDS = {"jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "txt": CAPTION, "json": JSON}
+MAX_BYTES = (MAX_IMAGE_BYTES, MAX_CAPTION_BYTES, MAX_JSON_BYTES, MAX_IMAGE_BYTES, MAX_IMAGE_BYTES)
+TOO_LARGE = ("image_too_large", "caption_too_large", "bad_json", "image_too_large", "image_too_large")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+KINDS = {"txt": CAPTION, "json": JSON} | dict.fromkeys(IMAGE_SUFFIXES, IMAGE)
+KINDS |= {f"{name}.{suffix}": kind for name, kind in COMPANIONS.items() for suffix in IMAGE_SUFFIXES}
 # Other readers run or unpack these; they are never opened here, and reported by name.
 FORBIDDEN = {"pyd", "pkl", "pickle", "pth", "pt", "npz", "gz", "bz2", "xz", "zst"}
 _MAX_KEY_BYTES = 255

@@ -18,7 +18,7 @@ import numpy as np
 
 from sdtrain.data.address import is_remote
 from sdtrain.data.download import find_version
-from sdtrain.data.metadata import column_name
+from sdtrain.data.metadata import is_column
 from sdtrain.data.shard_index import Shard, ShardIndex
 from sdtrain.data.shard_walk import ARRAYS, Loss
 from sdtrain.errors import ConfigError
@@ -67,7 +67,7 @@ def open_folder(folder: str | Path, refuses_changed: bool = True) -> Opened:
             raise ConfigError(f"{folder}: the index is of version {about['v']}, this is {_VERSION}; {_advice(folder)}")
         root = about["root"] if is_remote(about["root"]) else os.path.abspath(folder / about["root"])
         records = tuple(_record(root, entry) for entry in about["shards"])
-        names = [name for name in about["columns"] if column_name(name) == name]
+        names = [name for name in about["columns"] if is_column(name)]
         columns = {name: _map(folder / f"column.{name}.npy") for name in names}
         arrays = {name: _map(folder / f"{name}.npy") for name in ("shard", *ARRAYS)}
         losses = tuple(Loss(*loss) for loss in about["losses"])

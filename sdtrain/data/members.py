@@ -10,14 +10,13 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from sdtrain.data.bad_sample import BadSample
-from sdtrain.data.layout import CAPTION, IMAGE, JSON, MAX_BYTES
+from sdtrain.data.layout import MAX_BYTES, TOO_LARGE
 from sdtrain.data.storage import Storage
 
 if TYPE_CHECKING:
     from sdtrain.data.index import Index
     from sdtrain.data.shard_index import Shard
 
-_TOO_LARGE = {IMAGE: "image_too_large", CAPTION: "caption_too_large", JSON: "bad_json"}
 _NOWHERE = np.iinfo(np.int64).max
 _MAX_GAP_BYTES = 16 * 1024  # members with more than this between them are read one by one
 
@@ -45,13 +44,13 @@ class Members:
         All is asked for at once, and one read takes the members of a sample that lie together.
         """
         samples, kinds = np.asarray(samples, np.int64), list(kinds)
-        offset, size = self.index.offset[samples][:, kinds], self.index.size[samples][:, kinds]  # (B, K)
+        offset, size, crc = self.index.places(samples, kinds)  # (B, K) each
         length = size.clip(min=0)
         start = np.where(size < 0, _NOWHERE, offset).min(axis=1)  # (B,)
         span = (offset + length).max(axis=1, initial=0, where=size >= 0) - start
         is_near = span <= length.sum(axis=1) + _MAX_GAP_BYTES
         is_one = (is_near & (size <= self._limit[kinds]).all(axis=1) & (span > 0)).tolist()
-        first, crc = offset - start[:, None], self.index.crc[samples][:, kinds]
+        first = offset - start[:, None]
         shards = [self.index.shards[shard] for shard in self.index.shard[samples].tolist()]
         spans = zip(shards, start.tolist(), span.tolist())
         data = self.storage.read_many(list(itertools.compress(spans, is_one)))
@@ -71,7 +70,7 @@ class Members:
                 members.append(None)
                 continue
             if size > MAX_BYTES[kind]:
-                return BadSample(_TOO_LARGE[kind], f"{size} bytes")
+                return BadSample(TOO_LARGE[kind], f"{size} bytes")
             data = self.storage.read(shard, offset, size)
             for _ in range(self.storage.retry.num_tries):  # a server, or the cache's disk, may have said it wrong
                 if crc32(data) == crc:

@@ -12,11 +12,15 @@ import numpy as np
 
 from sdtrain.data.attributes import parse_json
 from sdtrain.data.bad_sample import BadSample
+from sdtrain.data.layout import COMPANIONS
 
 # Words are kept for these alone: a caption or an address in every row would be the data set once more.
 WORDS = ("language", "license", "nsfw", "source")
 MAX_WORD_BYTES = 32
 MAX_COLUMNS = 64
+# Where a sample's companions lie: columns that an index has where a shard has such members.
+COMPANION_COLUMNS = {name: tuple(f"{name}_{what}" for what in ("offset", "size", "crc")) for name in COMPANIONS}
+_OURS = {column for columns in COMPANION_COLUMNS.values() for column in columns}
 _RENAMED = {"aesthetic_score": "aesthetic", "lang": "language"}
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 
@@ -24,7 +28,12 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 def column_name(name: str) -> str | None:
     """The name a field has in the index, None where it can have none: LAION writes LANGUAGE and AESTHETIC_SCORE."""
     name = name.lower()
-    return _RENAMED.get(name, name) if _NAME.fullmatch(name) else None
+    return _RENAMED.get(name, name) if _NAME.fullmatch(name) and name not in _OURS else None
+
+
+def is_column(name: str) -> bool:
+    """Whether an index may have a column of this name."""
+    return name in _OURS or column_name(name) == name
 
 
 def read_fields(data: bytes) -> dict[str, float | bytes] | None:
@@ -64,7 +73,7 @@ class Columns:
         for name in fields.keys() - self._numbers.keys() - self._words.keys():
             if name in WORDS:
                 self._words[name] = [b""] * self._num_rows
-            elif len(self._numbers) < MAX_COLUMNS:
+            elif name in _OURS or len(self._numbers) < MAX_COLUMNS:
                 self._numbers[name] = array("d", [math.nan]) * self._num_rows
         for name, numbers in self._numbers.items():
             numbers.append(fields.get(name, math.nan))

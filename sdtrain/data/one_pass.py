@@ -17,7 +17,7 @@ import torch
 
 from sdtrain.data.address import shown
 from sdtrain.data.download import BROKEN, open_once
-from sdtrain.data.layout import CAPTION, IMAGE, JSON, KINDS, MAX_BYTES, is_forbidden, is_safe_key, split_name
+from sdtrain.data.layout import CAPTION, IMAGE, KINDS, MAX_BYTES, TOO_LARGE, is_forbidden, is_safe_key, split_name
 from sdtrain.data.retry import Retry
 from sdtrain.data.tar import Defect, Member, Tape, walk
 
@@ -25,7 +25,6 @@ from sdtrain.data.tar import Defect, Member, Tape, walk
 _LOSSES = ("bad_header", "cut_off", "data_after_end", "refused_member", "compressed", "interleaved", "unreadable")
 _LOSSES += ("incomplete", "no_image", "bad_key", "duplicate_member", "forbidden_suffix", "no_caption")
 _COLUMNS = {reason: column for column, reason in enumerate(_LOSSES)}
-_TOO_LARGE = {IMAGE: "image_too_large", CAPTION: "caption_too_large", JSON: "bad_json"}
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class _Group:
             self.is_twofold = True
             return
         if member.size > MAX_BYTES[kind]:
-            self.fault, self.members[kind] = self.fault or _TOO_LARGE[kind], b""
+            self.fault, self.members[kind] = self.fault or TOO_LARGE[kind], b""
             return
         self.members[kind] = tape.read(member.size)  # where it is cut off, the walk finds no header behind it
 

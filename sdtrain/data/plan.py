@@ -53,6 +53,7 @@ class MicroBatch(NamedTuple):
     ids: np.ndarray  # (b,) int64
     epochs: np.ndarray  # (b,) int64
     size: tuple[int, int] | None  # height and width of all of them; None: the data's own square
+    places: np.ndarray  # (b,) int64, where in the step each stands
 
 
 START = Cursor(step=0, block=0, step_in_block=0, carry="")
@@ -171,12 +172,13 @@ class Plan:
     def micro_batches(self, step: np.ndarray, rank: int, world: int, num_accumulate: int) -> list[MicroBatch]:
         """A rank's equal parts of a step: a contiguous run of it or, of synchronous cells, a contiguous run of each."""
         groups = self.global_batch_size // self.layout.cell if self.layout and self.layout.is_synchronous else 1
-        parts = step.reshape(groups, world, num_accumulate // groups, -1, 2)[:, rank]  # (G, A / G, b, 2)
-        parts = parts.reshape(num_accumulate, -1, 2)  # (A, b, 2)
+        places = np.arange(len(step)).reshape(groups, world, num_accumulate // groups, -1)[:, rank]  # (G, A / G, b)
+        places = places.reshape(num_accumulate, -1)  # (A, b)
+        parts = step[places]  # (A, b, 2)
         sizes: list[Any] = [None] * num_accumulate
         if self.layout is not None:
             sizes = [self.layout.table.shapes[number] for number in self.layout.bucket(parts[:, 0, 0])]
-        return [MicroBatch(part[:, 0], part[:, 1], size) for part, size in zip(parts, sizes)]
+        return [MicroBatch(part[:, 0], part[:, 1], size, place) for part, size, place in zip(parts, sizes, places)]
 
     def epochs(self, cursor: Cursor) -> dict[str, float]:
         """How often each source was gone through, in thousandths: epoch, or epoch/<name> where they have names."""

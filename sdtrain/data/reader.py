@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,13 +15,12 @@ from sdtrain.data.accounting import Accounting
 from sdtrain.data.attributes import parse_json
 from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.caption import CaptionRule
-from sdtrain.data.decode import Decoded, decode_image
 from sdtrain.data.index import Index
-from sdtrain.data.layout import CAPTION, IMAGE, JSON
+from sdtrain.data.layout import CAPTION, COMPANIONS, IMAGE, JSON
 from sdtrain.data.members import Member, Members
 from sdtrain.data.quarantine import Quarantine
 from sdtrain.data.storage import Storage
-from sdtrain.data.view import View, check_crop, draw_views, pictured
+from sdtrain.data.view import Pictures, View, check_crop, decode_pictures, draw_views, pictured
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
@@ -35,7 +34,7 @@ class _Sample(NamedTuple):
     text: bytes | None
     attributes: Attributes
     caption: str
-    picture: Decoded | None
+    picture: Pictures | None
 
 
 class Reader:
@@ -78,6 +77,7 @@ class Reader:
         self._members = Members(index, storage or Storage())
         self._accounting = Accounting(index.shards, len(index), num_workers, max_bad_fraction)
         self._bad: dict[int, str] = {}  # sample -> why it is bad, as far as this process knows
+        self._companions: tuple[str, ...] = ()
         self._latents: Tensor | None = None
         self._latents_shown: np.ndarray | None = None  # (N,) whose latent stands at each place
         self._is_read = np.zeros(len(index), bool)  # which places' pictures this process knows; none in a worker
@@ -107,6 +107,12 @@ class Reader:
         """What the run knows: its seed, and where the record of bad samples goes, of which rank."""
         self.seed = seed
         self._accounting.quarantine = Quarantine(directory, rank)
+
+    def accompany(self, names: Collection[str]) -> None:
+        """Batches of pictures carry these companions, where samples have them; decoded ones are not kept in memory."""
+        self._companions = tuple(name for name in COMPANIONS if name in names and self.index.has(name))
+        if self._companions:
+            self._start(0)
 
     def batch(
         self, ids: np.ndarray, epochs: np.ndarray, size: tuple[int, int] | None = None, as_images: bool = False
@@ -176,7 +182,7 @@ class Reader:
         found: list[_Sample | None] = [self._recall(place, view) for place, view in zip(places, views)]
         unread = [number for number, sample in enumerate(found) if sample is None]
         first = [self._first(places[number]) for number in unread]
-        read = self._members.read(first, _kinds(views[0]))
+        read = self._members.read(first, self._kinds(views[0]))
         for number, sample, members in zip(unread, first, read):
             found[number] = self._next_good(places[number], sample, views[number], members)
         return found
@@ -211,28 +217,30 @@ class Reader:
             except BadSample as bad:
                 self._refuse(sample, bad)
             sample = self._skip_bad(sample)
-            members = next(self._members.read([sample], _kinds(view)))
+            members = next(self._members.read([sample], self._kinds(view)))
         self._accounting.good(int(self.index.shard[sample]))
         if view.size and len(self._is_read):
             self._is_read[place] = True
         return self._keep(place, found) if place < self._num_cached else found
 
     def _use(self, sample: int, members: tuple[Member, ...], view: View) -> _Sample:
-        text, attributes, *image = (None if member is None else bytes(member) for member in members)
+        text, attributes, *pictures = (None if member is None else bytes(member) for member in members)
         attributes = None if attributes is None else parse_json(attributes)
         caption = self.caption(text, attributes, view.draw)
         if view.size is None:
             return _Sample(sample, text, attributes, caption, None)
-        picture = decode_image(image[0], *view.size, crop=view.crop, flip=view.flip, ground=self.ground)
+        companions = dict(zip(self._companions, pictures[1:]))
+        picture = decode_pictures(pictures[0], companions, view, self.ground)
         self._accounting.add("decoded", 1)
         return _Sample(sample, text, attributes, caption, picture)
 
     def _keep(self, place: int, found: _Sample) -> _Sample:
         if found.picture is not None:
-            if found.picture.pixels.shape != self._cache.shape[1:]:
+            if found.picture.image.pixels.shape != self._cache.shape[1:]:
                 return found
-            self._cache[place] = found.picture.pixels
-            found = found._replace(picture=found.picture._replace(pixels=self._cache[place]))
+            self._cache[place] = found.picture.image.pixels
+            image = found.picture.image._replace(pixels=self._cache[place])
+            found = found._replace(picture=found.picture._replace(image=image))
         self._kept[place] = found
         return found
 
@@ -252,6 +260,6 @@ class Reader:
             self._accounting.add(name, count)
         self._accounting.read(len(places))
 
-
-def _kinds(view: View) -> tuple[int, ...]:
-    return (CAPTION, JSON) if view.size is None else (CAPTION, JSON, IMAGE)
+    def _kinds(self, view: View) -> tuple[int, ...]:
+        companions = (COMPANIONS[name] for name in self._companions)
+        return (CAPTION, JSON) if view.size is None else (CAPTION, JSON, IMAGE, *companions)

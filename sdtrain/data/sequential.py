@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from sdtrain.data.address import is_remote, scheme_of, shown
 from sdtrain.data.datamodule import check_fraction, refuse_late, say
 from sdtrain.data.index import find_shards
 from sdtrain.data.lane import Lanes, LaneStream, Usable
+from sdtrain.data.layout import COMPANIONS
 from sdtrain.data.quarantine import Quarantine
 from sdtrain.data.source import Shards
 from sdtrain.data.stream import Loader
@@ -50,6 +51,8 @@ class SequentialDataModule(L.LightningDataModule):
         num_workers: DataLoader workers; each is a lane.
         start_method: how they start; None: as the platform does.
     """
+
+    same_on_every_rank = ("epoch", "resumes_exactly")  # of `accounting`, see `datamodule.py`
 
     def __init__(
         self,
@@ -99,6 +102,12 @@ class SequentialDataModule(L.LightningDataModule):
         self._lanes["val"] = self._new_lanes(self._addresses["val"], self.image_size, crop="center", flip=False)
         self._connect_lanes()
         say(f"data: {_STATISTICAL}")
+
+    def accompany(self, names: Collection[str]) -> None:
+        """Batches carry those of the companions that are named, a mask where the sample has one."""
+        self.setup()
+        for lanes in self._lanes.values():
+            lanes.companions = tuple(name for name in COMPANIONS if name in names)
 
     @property
     def fingerprint(self) -> str:

@@ -15,10 +15,11 @@ import numpy as np
 from sdtrain.data.address import is_remote, shown
 from sdtrain.data.download import find_version, open_address
 from sdtrain.data.img2dataset import MAX_TABLE_BYTES, read_table, table_address
+from sdtrain.data.metadata import COMPANION_COLUMNS
 from sdtrain.data.shard_walk import ARRAYS, Check, Loss, Rejection, Walked, walk_shard
 from sdtrain.errors import ConfigError
 
-_VERSION = 2
+_VERSION = 3
 _IDENTITY = ("offset", "size", "crc", "side")  # with the keys, what the fingerprint covers
 _COLUMN = "column/"  # how the metadata's columns are called in the file
 
@@ -75,16 +76,19 @@ def index_shard(address: str, folder: Path | None = None, check: Check | None = 
         found = _with_table(found, shard, *stamp["table"])
     if _stamp(address) != stamp:
         raise OSError(f"{shard.name} changed while it was read")
-    index = ShardIndex(shard, found, digest_rows(found.arrays))
+    index = ShardIndex(shard, found, digest_rows(found.arrays, found.columns))
     any(_save(place, index, {**stamp, "deep": check is not None}) for place in places)
     return index
 
 
-def digest_rows(arrays: Mapping[str, np.ndarray]) -> str:
+def digest_rows(arrays: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> str:
     """sha256 of the rows that say which bytes are which sample, however wide the keys are stored."""
     digest = hashlib.sha256()
     for name in _IDENTITY:
         digest.update(arrays[name].tobytes())
+    for name in (name for names in COMPANION_COLUMNS.values() for name in names if name in columns):
+        if not np.isnan(columns[name]).all():  # another shard's, in an index folder
+            digest.update(columns[name].tobytes())
     digest.update(b"\n".join(arrays["key"].tolist()))
     return digest.hexdigest()
 
@@ -128,7 +132,7 @@ def _load(path: Path, address: str, stamp: dict[str, Any], is_deep: bool) -> Sha
     whole = all(array.dtype.type is ARRAYS[name][0] for name, array in arrays.items())
     whole = whole and len({len(array) for array in (*arrays.values(), *columns.values())}) == 1
     whole = whole and {name: about.get(name) for name in stamp} == stamp and (about["deep"] or not is_deep)
-    if not whole or digest_rows(arrays) != about["digest"]:
+    if not whole or digest_rows(arrays, columns) != about["digest"]:
         return None
     losses = tuple(Loss(*loss) for loss in about["losses"])
     rejections = tuple(Rejection(*rejection) for rejection in about["rejections"])

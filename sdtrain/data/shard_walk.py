@@ -17,8 +17,20 @@ from zlib_ng.zlib_ng import crc32
 from sdtrain.data.bad_sample import BadSample
 from sdtrain.data.caption import clean_caption
 from sdtrain.data.decode import open_image, upright_size
-from sdtrain.data.layout import ABSENT, CAPTION, IMAGE, JSON, KINDS, MAX_BYTES, is_forbidden, is_safe_key, split_name
-from sdtrain.data.metadata import Columns, read_fields
+from sdtrain.data.layout import (
+    ABSENT,
+    CAPTION,
+    COMPANIONS,
+    IMAGE,
+    JSON,
+    KINDS,
+    MAX_BYTES,
+    TOO_LARGE,
+    is_forbidden,
+    is_safe_key,
+    split_name,
+)
+from sdtrain.data.metadata import COMPANION_COLUMNS, Columns, read_fields
 from sdtrain.data.tar import Defect, Member, Tape, walk
 
 ARRAYS = {  # name: dtype, and values a sample
@@ -29,7 +41,6 @@ ARRAYS = {  # name: dtype, and values a sample
     "caption_length": (np.int32, 1),
     "key": (np.bytes_, 1),
 }
-_TOO_LARGE = {IMAGE: "image_too_large", CAPTION: "caption_too_large", JSON: "bad_json"}
 _MAX_RECORDS = 10_000  # rejections of one shard that are kept by name; the others are counted
 _MAX_NAMES = 5  # forbidden members that are told by name
 _MAX_SUFFIXES = 20
@@ -86,7 +97,8 @@ class _Sample:
 
     def __init__(self, key: str, offset: int) -> None:
         self.key, self.start = key, offset
-        self.offset, self.size, self.crc, self.side = [0] * 3, [ABSENT] * 3, [0] * 3, (0, 0)
+        self.side, num = (0, 0), len(MAX_BYTES)
+        self.offset, self.size, self.crc = [0] * num, [ABSENT] * num, [0] * num
         self.caption_length = 0
         self.fields: dict[str, float | bytes] = {}
         self.fault = "" if is_safe_key(key) else "bad_key"
@@ -98,7 +110,7 @@ class _Sample:
             return
         self.offset[kind], self.size[kind] = member.offset, member.size
         if member.size > MAX_BYTES[kind]:
-            self.doubt = self.doubt or _TOO_LARGE[kind]
+            self.doubt = self.doubt or TOO_LARGE[kind]
             return
         data = tape.read(member.size)
         self.crc[kind] = crc32(data)
@@ -113,9 +125,19 @@ class _Sample:
                 self.caption_length = len(clean_caption(data))
             except BadSample as bad:
                 self.doubt = self.doubt or bad.reason
-        else:
+        elif kind == JSON:
             fields = read_fields(data)
             self.fields, self.doubt = fields or {}, self.doubt or ("bad_json" if fields is None else "")
+
+    def columns(self) -> dict[str, float | bytes]:
+        """What its .json says, and where its companions lie."""
+        found = {
+            column: float(value)
+            for name, kind in COMPANIONS.items()
+            for column, value in zip(COMPANION_COLUMNS[name], (self.offset[kind], self.size[kind], self.crc[kind]))
+            if self.size[kind] != ABSENT
+        }
+        return {**self.fields, **found}
 
 
 class _Samples:
@@ -170,10 +192,10 @@ class _Samples:
             self._reject(sample.key, sample.start, fault)
             return
         for name in ("offset", "size", "crc", "side"):
-            self._rows[name].extend(getattr(sample, name))
+            self._rows[name].extend(getattr(sample, name)[: ARRAYS[name][1]])
         self._rows["caption_length"].append(sample.caption_length)
         self._rows["key"].append(sample.key.encode())
-        self._columns.append(sample.fields)
+        self._columns.append(sample.columns())
 
     def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The rows, and the columns of metadata, without the samples whose key came again."""

@@ -76,11 +76,13 @@ class Stream(Batches):
         number = 0
         for step, after in self.plan.walk(self.cursor):
             parts = self.plan.micro_batches(step, self.rank, self.world, self.num_accumulate)
-            for place, part in enumerate(parts):
+            first = (after["step"] - 1) * self.plan.global_batch_size
+            for part_number, part in enumerate(parts):
                 if number % num_workers == worker:
                     batch = self.reader.batch(part.ids, part.epochs, part.size)
+                    batch["place"] = torch.from_numpy(first + part.places)
                     batch["cursor"] = after
-                    batch["last_micro_of_step"] = place == len(parts) - 1
+                    batch["last_micro_of_step"] = part_number == len(parts) - 1
                     yield batch
                 number += 1
 

@@ -14,7 +14,6 @@ from sdtrain.data.address import shown
 from sdtrain.data.download import find_version, open_address
 from sdtrain.data.manifest import MANIFEST, ShardRecord, open_folder
 from sdtrain.data.shard_index import digest_rows
-from sdtrain.data.shard_walk import ARRAYS
 from sdtrain.data.tar import Tape
 from sdtrain.errors import ConfigError
 
@@ -27,7 +26,8 @@ def verify_folder(folder: Path, num_workers: int, on_done: Callable[[], None] = 
     def check(number: int) -> tuple[str, str]:
         record, rows = opened.records[number], slice(firsts[number], firsts[number + 1])
         try:
-            return _check(record, {name: opened.arrays[name][rows] for name in ("shard", *ARRAYS)}, number)
+            found = {name: column[rows] for name, column in {**opened.columns, **opened.arrays}.items()}
+            return _check(record, found, number)
         except (OSError, ConfigError) as error:
             return f"{shown(record.shard.address)}: {error}", ""
         finally:
@@ -44,7 +44,7 @@ def verify_folder(folder: Path, num_workers: int, on_done: Callable[[], None] = 
 def _check(record: ShardRecord, rows: dict[str, np.ndarray], number: int) -> tuple[str, str]:
     """Why it does not agree, and the version that was found."""
     name = shown(record.shard.address)
-    if digest_rows(rows) != record.digest or (rows["shard"] != number).any():
+    if digest_rows(rows, rows) != record.digest or (rows["shard"] != number).any():
         return f"{name}: its rows in the index are damaged", ""
     num_bytes, version = find_version(record.shard.address)
     if num_bytes != record.shard.num_bytes:

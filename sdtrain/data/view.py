@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from sdtrain.contracts import Batch
-from sdtrain.data.decode import Decoded
+from sdtrain.data.bad_sample import BadSample
+from sdtrain.data.decode import Decoded, decode_image
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
 CROPS = ("center", "random")
+NO_MASK = -1.0
 
 
 class View(NamedTuple):
@@ -43,17 +45,56 @@ def draw_views(draw: Draw, num: int, size: tuple[int, int] | None, crop: str, fl
     return [View(size, *one) for one in zip(crops, flips, draw.uniform("caption").tolist())]
 
 
-def pictured(pictures: Sequence[Decoded]) -> Batch:
-    """What a batch says of its pictures, which are all of one size."""
+class Pictures(NamedTuple):
+    """A sample's picture, and those that go with it: they are cut and mirrored as it is."""
+
+    image: Decoded
+    companions: Mapping[str, np.ndarray]  # uint8 (H, W, 3), those that it has
+
+
+def decode_pictures(
+    image: bytes, companions: Mapping[str, bytes | None], view: View, ground: tuple[int, int, int]
+) -> Pictures:
+    """Raises BadSample where one cannot be had, is missing and nothing stands in for it, or is of another size."""
+    if companions.get("source", b"") is None:
+        raise BadSample("no_source")
+    there = {name: data for name, data in companions.items() if data is not None}
+    how = {"crop": view.crop, "flip": view.flip, "is_whole": bool(there)}
+    picture, found = decode_image(image, *view.size, ground=ground, **how), {}
+    for name, data in there.items():
+        other = decode_image(data, *view.size, ground=(0, 0, 0) if name == "mask" else ground, **how)
+        if other.original_size != picture.original_size:
+            raise BadSample("other_size", f"the {name} is {other.original_size}, the picture {picture.original_size}")
+        found[name] = other.pixels
+    return Pictures(picture, found)
+
+
+def pictured(samples: Sequence[Pictures]) -> Batch:
+    """What a batch says of its pictures, which are all of one size. A mask that is not there is NO_MASK everywhere."""
+    pictures = [sample.image for sample in samples]
     image = to_float(np.stack([picture.pixels for picture in pictures]))
-    return {
-        "image": image,
-        "original_size": torch.tensor([picture.original_size for picture in pictures]),  # (B, 2)
-        "crop_top_left": torch.tensor([picture.crop_top_left for picture in pictures]),  # (B, 2)
-        "target_size": torch.tensor([image.shape[2:]] * len(pictures)),  # (B, 2)
-    }
+    return (
+        _accompanied(samples, tuple(image.shape[2:]))
+        | {
+            "image": image,
+            "original_size": torch.tensor([picture.original_size for picture in pictures]),  # (B, 2)
+            "crop_top_left": torch.tensor([picture.crop_top_left for picture in pictures]),  # (B, 2)
+            "target_size": torch.tensor([image.shape[2:]] * len(pictures)),  # (B, 2)
+        }
+    )
 
 
 def to_float(pixels: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last in memory, as the networks run."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)  # (B, 3, H, W)
+
+
+def _accompanied(samples: Sequence[Pictures], size: tuple[int, int]) -> Batch:
+    found: Batch = {}
+    if any("source" in sample.companions for sample in samples):
+        found["source"] = to_float(np.stack([sample.companions["source"] for sample in samples]))
+    if any("mask" in sample.companions for sample in samples):
+        masks = [sample.companions.get("mask") for sample in samples]
+        rows = [np.full(size, NO_MASK) if mask is None else mask.mean(axis=-1) / 255 for mask in masks]
+        found["mask"] = torch.from_numpy(np.stack(rows)).float()[:, None]  # (B, 1, H, W)
+    return found

@@ -1,18 +1,22 @@
-"""A finished run as a function from captions to pictures, three lines in a notebook:
+"""A finished run as a function from what its model is told to pictures, three lines in a notebook:
 
 from sdtrain.interop.pipeline import Pipeline
 pipe = Pipeline.load("outputs/quickstart")
 pipe("a big red star on a white background, in the center")[0]
+
+Other models are told other things, by their names: pipe(label=3), pipe(num=4) for one without a condition,
+pipe("a star", image="x.png", mask="m.png"), pipe("a star", image="small.png"), pipe("red", source="x.png").
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +28,10 @@ from yaml import YAMLError
 from sdtrain.build import build
 from sdtrain.checkpoint.commit import newest_valid
 from sdtrain.config import config_directory
+from sdtrain.contracts import Batch, Input
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.manifest import Manifest
+from sdtrain.interop.told import followed_size, read_told
 from sdtrain.interop.weights import load_first_stage, read_checkpoint
 from sdtrain.layer.resnet import Downsample
 from sdtrain.stage.generation import Generation
@@ -80,44 +86,76 @@ class Pipeline:
         parts = (model, conditioner, build(cfg.objective), first_stage, build(cfg.sampler))
         return cls(cfg, Generation(*parts, latent_size=(side, side)))
 
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """What this model is told, by the names that a call takes."""
+        return self.generation.conditioner.inputs
+
     def __call__(
         self,
-        captions: str | Sequence[str],
+        captions: str | Sequence[str] | None = None,
         negative: str | None = None,
         guidance_scale: float | None = None,
         num_steps: int | None = None,
         size: int | tuple[int, int] | None = None,
         seed: int = 0,
         sampler: str | None = None,
+        num: int | None = None,
+        **told: Any,  # noqa: ANN401
     ) -> list[Image.Image]:
-        """A picture for each caption; picture i depends on its caption, its place i and the seed alone.
+        """Pictures; picture i depends on what is told of it, its place i and the seed alone.
 
         Args:
+            captions: one for all pictures, or one for each.
             negative: what to move away from instead of the empty caption.
             guidance_scale, num_steps: the run's own by default.
-            size: pixels a side, or (width, height); by default what the run was trained on.
+            size: pixels a side, or (width, height); by default what the run was trained on, or as many times the
+                picture to enlarge as the first stage enlarges.
             sampler: another one of configs/sampler/, with the run's steps, guidance and shift where not given here.
+            num: pictures; by default as many as are told apart.
+            told: what else this model reads, `inputs` says by which name; one for all pictures, or a list with one for
+                each. label: a number or a name. image, source, mask: a path or a picture of Pillow's, scaled to cover
+                what is drawn and cut; white is painted. original_size, target_size: as `size`. crop_top_left: pixels.
 
         Raises:
-            ConfigError: for a value that cannot be.
+            ConfigError: for a value that cannot be, one that is missing, and one that this model does not read.
         """
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        if not captions:
-            raise ConfigError("there is no caption to draw from")
+        if captions is not None:
+            told["caption"] = captions if isinstance(captions, str) else list(captions)
+        if negative is not None and "caption" not in self.inputs:
+            raise ConfigError("negative is given, and this run's model reads no caption")
+        down_factor = self.generation.first_stage.down_factor
+        size = followed_size(told, self.inputs, down_factor) if size is None else size
+        latent_size = self._latent_size(size)
+        image_size = (latent_size[0] * down_factor, latent_size[1] * down_factor)
+        batch = read_told(told, self.inputs, num, {"image_size": image_size, "latent_size": latent_size})
+        pictures = self.draw(batch, seed, guidance_scale, num_steps, sampler, latent_size, negative)
+        return [Image.fromarray(picture) for picture in pictures]
+
+    def draw(
+        self,
+        batch: Batch,
+        seed: int,
+        guidance_scale: float | None = None,
+        num_steps: int | None = None,
+        sampler: str | None = None,
+        latent_size: tuple[int, int] | None = None,
+        negative: str | None = None,
+    ) -> np.ndarray:
+        """The same of a batch that has all that the conditioner reads, such as the data's -> uint8 (N, H, W, 3)."""
         if num_steps is not None and num_steps < 1:
             raise ConfigError(f"num_steps={num_steps} must be at least 1")
-        latent_size = self._latent_size(size)
+        latent_size = latent_size or self.generation.latent_size
         num_pixels = latent_size[0] * latent_size[1] * self.generation.first_stage.down_factor**2
         generation = replace(self.generation, sampler=self._sampler(sampler, num_steps), latent_size=latent_size)
         with self._precision():
-            pictures = generation(
-                {"caption": captions},
+            return generation(
+                batch,
                 seed,
                 guidance_scale,
-                None if negative is None else {"caption": [negative] * len(captions)},
+                None if negative is None else {"caption": [negative] * len(batch["caption"])},
                 max(_PIXELS_AT_ONCE // num_pixels, 1),
             )
-        return [Image.fromarray(picture) for picture in pictures]
 
     def _latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         if size is None:

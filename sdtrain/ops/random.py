@@ -46,11 +46,14 @@ class Draw:
         seed: the run's seed.
         sample_id: (B,) int64, the samples' numbers in the index.
         epoch: (B,) int64, how often each was met before.
+        place: (B,) int64, where in the order of a training run each stands, the same at any world size: for what is to
+            be spread over a step's samples. No random number depends on it.
     """
 
     seed: int
     sample_id: Tensor
     epoch: Tensor
+    place: Tensor | None = None
 
     @classmethod
     def of(cls, seed: int, num_samples: int, device: torch.device | str = "cpu") -> Draw:

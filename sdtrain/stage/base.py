@@ -41,6 +41,7 @@ class Stage(L.LightningModule):
         self.ema: Any = None  # the EMA callback's, where there is one
         self.flops_per_image = 0.0  # of training on it, where the run counted them
         self.idle_parts: Sequence[str] = ()  # that the coming optimizer step leaves as they are
+        self.is_left_out = False  # whether the guard leaves this optimizer step out, as if it had not been due
         self.is_last_micro = True  # whether the optimizer steps after this micro-batch
         self.gradient_norms: dict[str, Tensor] = {}  # of the step before it, by part, on the device
         self._sums: dict[str, Tensor] = {}
@@ -68,7 +69,7 @@ class Stage(L.LightningModule):
 
     def draw(self, batch: Mapping[str, Any]) -> Draw:
         """The random numbers of a batch: a function of seed, epoch and sample, whatever rank or worker it is on."""
-        return Draw(self.context.seed, batch["sample_id"], batch["epoch"])
+        return Draw(self.context.seed, batch["sample_id"], batch["epoch"], batch.get("place"))
 
     def note(self, **values: Tensor) -> None:
         """Adds to the means of the next row, on the device: nothing waits for it."""
@@ -111,6 +112,16 @@ class Stage(L.LightningModule):
         """What of `evaluate` is also measured without the average."""
         return {}
 
+    def compare(self) -> dict[str, float]:
+        """Figures of what it makes beside what is real: they take longer, and are asked for."""
+        return {}
+
+    def histograms(self, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """This rank's share of what is worth a histogram, by name: the same names on every rank. `batch` is the last
+        that was trained on.
+        """
+        return {}
+
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside it, the stage holds the averaged weights, where there are any."""
         return nullcontext() if self.ema is None else self.ema.swapped()
@@ -150,6 +161,11 @@ class Stage(L.LightningModule):
             group["lr"] = recipe["initial_lr"] * factor(schedule.last_epoch)
         schedule.base_lrs = [recipe["initial_lr"] for recipe in self._recipe]
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:  # noqa: ANN401, ARG002 Lightning's signature
+        """The schedule counts the steps that were made."""
+        if not self.is_left_out:
+            scheduler.step()
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,  # noqa: ARG002 Lightning's signature
@@ -160,7 +176,7 @@ class Stage(L.LightningModule):
         if not self.is_last_micro:
             return
         clip = getattr(self.trainer.strategy, "clip", self._clip)  # only DeepSpeed knows where its gradients are
-        self.gradient_norms = clip(self.clip_norm, self.idle_parts)
+        self.gradient_norms = clip(self.clip_norm, [*self._learned] if self.is_left_out else self.idle_parts)
         self.note(**{f"grad_norm/{name}": norm for name, norm in self.gradient_norms.items()})
 
     def _clip(self, max_norm: float | None, idle: Sequence[str]) -> dict[str, Tensor]:

@@ -194,6 +194,8 @@ def test_concat_is_joined_along_the_channels():
     class Picture(torch.nn.Module):
         width = pooled_width = None
 
+        inputs = {}
+
         def __init__(self, value):
             super().__init__()
             self.value = value

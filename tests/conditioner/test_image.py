@@ -39,6 +39,15 @@ def test_a_given_mask_and_then_the_masked_pictures_latents(batch):
     torch.testing.assert_close(told[1, 1:], batch["encode"](batch["image"])[1])
 
 
+def test_a_sample_without_a_mask_draws_its_own(batch):
+    mask = torch.full((2, 1, 32, 16), -1.0)
+    mask[0] = 1
+    drawn, told = MaskedImage()(batch)["concat"], MaskedImage()(batch | {"mask": mask})["concat"]
+    assert told[0, 0].all()
+    assert not drawn[0, 0].all()
+    assert torch.equal(told[1], drawn[1])
+
+
 def test_masks_are_drawn_by_sample(batch):
     draw = Draw(0, batch["sample_id"], batch["sample_id"] * 0)
     told = MaskedImage()(batch, draw)["concat"]
@@ -60,7 +69,7 @@ def test_without_a_draw_the_mask_is_the_samples_own_and_null_the_same(batch):
 def test_a_small_picture_with_the_upscalers_noise(batch):
     upscaling = LowResolution(PATH)
     small = torch.rand(2, 3, 8, 4) * 2 - 1
-    batch = batch | {"low_resolution": small}
+    batch = batch | {"image": small}
     draw = Draw(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))
     told = upscaling(batch, draw)
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear")
@@ -75,9 +84,7 @@ def test_a_small_picture_with_the_upscalers_noise(batch):
 
 def test_noise_levels_below_the_greatest(batch):
     draw = Draw.of(0, 3000)
-    level = LowResolution(PATH)({"low_resolution": torch.zeros(3000, 3, 2, 2), "latent_size": (2, 2)}, draw)[
-        "class_labels"
-    ]
+    level = LowResolution(PATH)({"image": torch.zeros(3000, 3, 2, 2), "latent_size": (2, 2)}, draw)["class_labels"]
     assert (int(level.min()), int(level.max())) == (0, 349)
     assert level.dtype == torch.int64
     assert abs(float(level.float().mean()) - 174.5) < 6

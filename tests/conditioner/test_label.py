@@ -24,6 +24,12 @@ def test_the_caption_may_be_the_class():
     assert Label(3, key=None, names=["cat", "dog"])({"caption": ["dog", "cat"]})["class_labels"].tolist() == [1, 0]
 
 
+def test_a_batch_may_say_the_label_itself():
+    assert Label(4, names=["cat", "dog", "bird"])(batch("cat", label=["bird"]))["class_labels"].tolist() == [2]
+    with pytest.raises(ConfigError, match="sample number 0: its label is 'cow', not a name"):
+        Label(3, key=None, names=["cat", "dog"])({"caption": ["cat"], "label": ["cow"]})
+
+
 def test_null_is_one_class_more():
     label = Label(11)
     assert label.unconditional(batch(0, 1))["class_labels"].tolist() == [10, 10]

@@ -23,6 +23,8 @@ def test_from_the_reader_where_the_json_says_nothing():
     read = {"original_size": torch.tensor([[600, 900], [700, 500]]), "crop_top_left": torch.tensor([[0, 7], [3, 0]])}
     batch = {"caption": [""] * 2, "image_size": (64, 64), "attributes": [None, {"width": 1000}], **read}
     assert Size()(batch)["sizes"].tolist() == [[600, 900, 0, 7, 64, 64], [700, 1000, 3, 0, 64, 64]]
+    batch["target_size"] = torch.tensor([[64, 64], [32, 96]])
+    assert Size()(batch)["sizes"].tolist() == [[600, 900, 0, 7, 64, 64], [700, 1000, 3, 0, 32, 96]]
 
 
 @pytest.mark.parametrize("said", [{"crop": 4}, {"crop": [1, 2, 3]}, {"height": "tall"}, {"width": None}])

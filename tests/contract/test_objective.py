@@ -35,8 +35,8 @@ DENSITIES = [
     timestep.LogitNormal(),
     timestep.LogitNormal(shift=3.0),
     timestep.LogNormal(),
-    timestep.LowDiscrepancy(timestep.Uniform(1000)),
 ]
+DENSITIES += [timestep.LowDiscrepancy(density) for density in DENSITIES]
 ON_X0 = [weighting.MinSNR(), weighting.SoftMinSNR(), weighting.P2(), weighting.EDM(), weighting.Sigmoid()]
 WEIGHTINGS = [weighting.Unit(), *ON_X0]
 DRAW = Draw.of(3, 64)

@@ -256,7 +256,7 @@ def test_no_memory_is_no_bad_sample(index, monkeypatch):
     def decode(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr("sdtrain.data.reader.decode_image", decode)
+    monkeypatch.setattr("sdtrain.data.view.decode_image", decode)
     with pytest.raises(MemoryError):
         batch(Reader(index, 16), [0])
 
@@ -289,7 +289,7 @@ def test_latents_stand_in_place_of_images(index, known):
 def test_latents_of_what_was_just_read_decode_nothing(index, monkeypatch, num_cached):
     reader = Reader(index, 16, num_cached)
     batch(reader, range(20))
-    monkeypatch.setattr("sdtrain.data.reader.decode_image", None)
+    monkeypatch.setattr("sdtrain.data.view.decode_image", None)
     reader.attach_latents(torch.zeros(20, 2, 4, 2, 2, dtype=torch.float16))
     assert batch(reader, range(20))["latent"].shape == (20, 2, 4, 2, 2)
 

@@ -52,7 +52,7 @@ def numbers(samples):
     for sample in samples:
         number = sample.attributes["number"]
         assert sample.caption == f"picture {number}"
-        assert (sample.picture.pixels == number % 251).all()
+        assert (sample.picture.image.pixels == number % 251).all()
         found.append(number)
     return found
 
@@ -175,6 +175,16 @@ def test_the_order_is_another_one_each_epoch_and_by_the_seed(make_shards, shuffl
     assert tuple(range(40)) not in orders
     again = list(itertools.islice(made.endless(0, 1), 100))
     assert tuple(numbers(s for s in again if s.epoch == 1)) == orders[3]
+
+
+def test_places_count_the_samples_of_a_step(make_shards):
+    shards, places = make_shards(48, per_shard=4), []
+    for rank in range(2):
+        for worker in range(2):
+            of_rank = LaneStream(lanes(shards), 3, num_accumulate=2, step=5, rank=rank, world=2)
+            micro = itertools.islice(of_rank.micro_batches(worker, 2), 2)
+            places += [place for batch in micro for place in batch["place"].tolist()]
+    assert sorted(places) == list(range(5 * 12, 7 * 12))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -538,7 +548,9 @@ def test_crop_flip_and_caption_are_drawn_by_sample_and_epoch(make_shards, make_s
     for size in (1, 20):
         made = lanes(shards, crop="random", flip=True, caption=CaptionRule({"json.many": 1}), shuffle_samples=size)
         samples = itertools.islice(made.endless(0, 1), 120)
-        told.append({(s.sample_id, s.epoch): (s.caption, *s.picture.pixels[0, ::15, 0].tolist()) for s in samples})
+        told.append(
+            {(s.sample_id, s.epoch): (s.caption, *s.picture.image.pixels[0, ::15, 0].tolist()) for s in samples}
+        )
     both = told[0].keys() & told[1].keys()
     assert len(both) > 60
     assert all(told[0][sample] == told[1][sample] for sample in both)

@@ -29,7 +29,7 @@ def test_saved_index_is_used_and_is_the_same(make_shards, make_sample, no_walk):
     assert first.found.columns.keys() == second.found.columns.keys() == {"number", "a"}
     assert first.shard == second.shard == (shard, os.stat(shard).st_size, str(os.stat(shard).st_mtime_ns))
     assert first.found[2:] == second.found[2:]
-    assert first.digest == second.digest == digest_rows(first.found.arrays)
+    assert first.digest == second.digest == digest_rows(first.found.arrays, first.found.columns)
     assert first.found.losses
     assert first.found.arrays["size"][1].tolist()[1:] == [ABSENT, ABSENT]
 

@@ -83,7 +83,8 @@ def read(
 
 def rows(batch):
     images = [(tuple(image.shape), hash(image.numpy().tobytes())) for image in batch["image"]]
-    return list(zip(batch["key"], batch["caption"], batch["sample_id"].tolist(), batch["epoch"].tolist(), images))
+    told = [batch[name].tolist() for name in ("place", "sample_id", "epoch")]
+    return list(zip(batch["key"], batch["caption"], *told, images))
 
 
 def after(plan, num_steps):
@@ -123,6 +124,16 @@ def test_nor_do_synchronous_groups(wide_index, world, num_accumulate):
         groups = [sum((part[g * half : (g + 1) * half] for part in parts), []) for g in range(2)]
         assert groups == [step[:8], step[8:]]
         assert all(len({shape for *_, (shape, _) in group}) == 1 for group in groups)
+
+
+@pytest.mark.parametrize("made", [plan_of, bucketed, lambda index: bucketed(index, is_synchronous=True)])
+def test_places_count_the_samples_of_the_run(wide_index, made):
+    plan = made(wide_index)
+    size, num_accumulate = plan.global_batch_size, 8 if plan.layout else 1
+    steps = read(wide_index, 5, plan=plan, image_size=32, num_accumulate=num_accumulate)
+    assert [sorted(place for _, _, place, *_ in step) for step in steps] == [
+        list(range(number * size, (number + 1) * size)) for number in range(5)
+    ]
 
 
 def test_a_sample_is_cropped_otherwise_in_another_epoch(wide_index):

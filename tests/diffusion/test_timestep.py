@@ -69,20 +69,78 @@ def test_a_samples_time_does_not_depend_on_its_batch(density):
     assert not torch.equal(alone, other)
 
 
+def gap(t):
+    """The largest gap between neighbours on the circle, in units of the mean one."""
+    t = t.double().sort().values
+    return float((torch.cat((t[1:], t[:1] + 1)) - t).max()) * len(t)
+
+
 def discrepancy(t):
-    """The largest difference between the share of times below a bound and the bound (Kolmogorov)."""
+    """The largest difference between the share of times below a bound and the bound (Kolmogorov; the star
+    discrepancy).
+    """
     n = len(t)
     return float((t.double().sort().values - (torch.arange(n) + 0.5) / n).abs().max()) + 0.5 / n
 
 
-@pytest.mark.parametrize("num", [16, 100, 4096])
+@pytest.mark.parametrize("num", [64, 100, 4096])
 @pytest.mark.parametrize("first", [0, 7_000_000_019])
-def test_low_discrepancy_is_even_over_samples_and_over_epochs(num, first):
-    even, count = LowDiscrepancy(Uniform()), torch.arange(num)
-    over_samples = even(Draw(3, first + count, torch.full((num,), 5)), PATH)
-    over_epochs = even(Draw(3, torch.full((num,), first), count), PATH)
-    independent = Uniform()(Draw(3, first + count, torch.full((num,), 5)), PATH)
+def test_low_discrepancy_is_even_over_a_run_of_samples(num, first):
+    """Whichever samples a step has: what counts is where they stand in the run's order."""
+    count, sample_id, epoch = (
+        torch.arange(num),
+        Draw(1, torch.arange(num), torch.zeros(num).long()).bits("x"),
+        num * [5],
+    )
+    draw = Draw(3, sample_id, torch.tensor(epoch), first + count)
+    even, independent = LowDiscrepancy(Uniform())(draw, PATH), Uniform()(draw, PATH)
     bound = (1 + math.log(num)) / num
-    assert discrepancy(over_samples) < bound
-    assert discrepancy(over_epochs) < bound
-    assert discrepancy(independent) > bound
+    assert discrepancy(even) < bound < discrepancy(independent)
+    assert gap(even) < 1.9 < gap(independent)
+    shuffled = torch.randperm(num, generator=torch.Generator().manual_seed(0))
+    other = Draw(3, sample_id[shuffled], draw.epoch, draw.place[shuffled])
+    assert torch.equal(LowDiscrepancy(Uniform())(other, PATH), even[shuffled])
+    assert not torch.equal(LowDiscrepancy(Uniform())(Draw(4, sample_id, draw.epoch, draw.place), PATH), even)
+
+
+def test_without_a_place_sample_and_epoch_stand_in_for_it():
+    even, count = LowDiscrepancy(Uniform()), torch.arange(100)
+    for draw in (Draw(3, 7 + count, count * 0 + 5), Draw(3, count * 0 + 7, count)):
+        assert gap(even(draw, PATH)) < 1.9
+        assert discrepancy(even(draw, PATH)) < (1 + math.log(100)) / 100
+
+
+@pytest.mark.parametrize("density", [Uniform(), Uniform(1000), LogitNormal(-0.6, 0.5, 3.0), LogNormal()], ids=str)
+def test_the_mean_over_a_batch_is_nearer_to_the_densitys(density):
+    """What it is for: a step's loss varies less by chance of its times."""
+    size, num = 64, 200
+    place, zeros = torch.arange(size * num), torch.zeros(size * num).long()
+    sample_id = Draw(1, place, zeros).bits("x")
+    means = [
+        d(Draw(2, sample_id, zeros, place), PATH).double().square().reshape(num, size).mean(1)
+        for d in (density, LowDiscrepancy(density))
+    ]
+    assert float(means[1].var() / means[0].var()) < 0.1
+    assert float(means[1].mean()) == pytest.approx(float(means[0].mean()), abs=4 * float(means[0].std()) / num**0.5)
+
+
+def test_a_steps_times_in_a_run_are_even(train, small, whole, tmp_path, monkeypatch):
+    """By the configuration's name, from the stream to the objective."""
+    from sdtrain.objective.denoising import Denoising
+
+    seen, loss = [], Denoising.loss
+
+    def noted(*arguments):
+        found = loss(*arguments)
+        seen.append(torch.special.ndtr(found["t"].double().logit()))  # its quantile
+        return found
+
+    monkeypatch.setattr(Denoising, "loss", noted)
+    options = ["stages=[diffusion]", f"first_stage.weights={whole}/autoencoder", "diffusion.trainer.batch_size=16"]
+    options += ["diffusion.trainer.num_accumulate=2", "diffusion.trainer.max_steps=2"]
+    base = [option for option in small if not option.startswith("objective")]
+    train(tmp_path / "run", "objective=rectified_flow_even", *options, base=base)
+    steps = [t for t in seen if len(t) == 8][:4]
+    assert len(steps) == 4
+    for step in (torch.cat(steps[:2]), torch.cat(steps[2:]), torch.cat(steps)):
+        assert gap(step) < 1.9

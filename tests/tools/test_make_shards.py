@@ -47,6 +47,27 @@ def folder(tmp_path):
     return tmp_path / "my pictures"
 
 
+def test_masks_and_sources_go_with_their_picture(tool, folder, tmp_path):
+    for name, value in (
+        ("a.png", 10),
+        ("a.mask.png", 255),
+        ("a.source.JPG", 0),
+        ("a.source.jpg", 90),
+        ("b.mask.png", 40),
+    ):
+        picture(folder / name, value)
+    for name in ("a", "b.mask"):
+        (folder / f"{name}.txt").write_text(name)
+    assert tool(folder, tmp_path / "out")[0] == 0
+    index = build_index(find_shards(tmp_path / "out"))
+    reader = Reader(index, 16)
+    reader.accompany(["mask", "source"])
+    assert index.key.tolist() == [b"a", b"b_mask"]  # what has a caption of its own is a picture of its own
+    batch = reader.batch(np.array([0]), np.array([0]))
+    assert (batch["mask"].mean(), batch["key"]) == (1, ["shard-000000/a"])
+    assert (batch["source"] + 1).mean() * 127.5 == pytest.approx(90, abs=1)
+
+
 def test_pictures_with_text_files(tool, folder, tmp_path):
     for number, name in enumerate(["a.png", "b.JPG", "sub/c.webp", "sub/caf\u00e9 1.v2.jpeg", "a b.png", "a_b.png"]):
         path = (

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sdtrain.interop.pipeline import Pipeline
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "sample.py"
 
@@ -58,7 +60,10 @@ def test_mistakes_end_with_2_and_one_line(tool, finished, tmp_path):
     for arguments, expected in [
         ((tmp_path / "absent", "a star"), "is no run: there is no"),
         ((empty, "a star"), "is no run: there is no"),
-        ((finished,), "give at least one caption"),
+        ((finished,), "caption is missing: this run's model reads caption"),
+        ((*star, "--label", "3"), "label is given, and this run's model does not read it; it reads caption"),
+        ((*star, "--num", 0), "num=0 must be at least 1"),
+        ((*star, "--original-size", "big"), "--original-size: 'big' is neither"),
         ((finished, "a star", "--out", taken), f"--out: cannot write to {taken}"),
         ((*star, "--sampler", "eular"), "did you mean 'euler'?"),
         ((*star, "--size", "5"), "size=5 must be a multiple of 8"),
@@ -71,6 +76,36 @@ def test_mistakes_end_with_2_and_one_line(tool, finished, tmp_path):
         assert (code, printed) == (2, ""), arguments
         assert expected in error
         assert error.count("\n") == 1, error
+
+
+def test_what_is_told_reaches_the_pipeline(tool, tmp_path, monkeypatch):
+    calls = []
+
+    def pipe(captions, *options, **told):
+        calls.append((captions, options[-1], told))
+        return [Image.new("RGB", (8, 8))] * 2
+
+    monkeypatch.setattr(Pipeline, "load", lambda *_: pipe)
+    out = ("--out", tmp_path)
+    for arguments, call, names in [
+        (["--label", "3", "--label", "dog"], (None, None, {"label": ["3", "dog"]}), ["label-3", "label-dog"]),
+        (["--num", "2"], (None, 2, {}), ["picture"] * 2),
+        (
+            ["--mask", "m.png", "--image", "x.png", "a star"],
+            (["a star"], None, {"image": ["x.png"], "mask": ["m.png"]}),
+            ["a-star"] * 2,
+        ),
+        (["--source", "red x.png", "--num", "2"], (None, 2, {"source": ["red x.png"]}), ["red-x"] * 2),
+        (
+            ["a", "--original-size", "64x32", "--crop-top-left", "3x4", "--target-size", "8"],
+            (["a"], None, {"original_size": [(64, 32)], "crop_top_left": [(3, 4)], "target_size": [8]}),
+            ["a"] * 2,
+        ),
+    ]:
+        code, printed, error = tool("RUN", *arguments, *out)
+        assert (code, error, calls.pop()) == (0, "", call)
+        files = [Path(line).name for line in printed.splitlines()]
+        assert files == [*(f"{i:04d}_{name}_seed0.png" for i, name in enumerate(names)), "grid.png"]
 
 
 @pytest.mark.slow
