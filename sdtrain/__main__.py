@@ -13,7 +13,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from sdtrain.config import config_directory, load_config, plus
-from sdtrain.continuation import check_continuation
+from sdtrain.continuation import check_continuation, check_submitted
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.sweep import run_jobs
 
@@ -37,6 +37,8 @@ def start(arguments: list[str]) -> int:
         return run_jobs(options.overrides, options.config_dir)
     if not (options.help or options.hydra_help or options.info or options.shell_completion):
         cfg = load_config(options.overrides, options.config_dir)
+        if not options.cfg and cfg.cluster is not None and cfg.cluster.submitted is not None:
+            check_submitted(Path(cfg.output_dir), cfg, cfg.cluster.submitted)
         if not options.cfg:
             check_continuation(Path(cfg.output_dir), cfg)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a bug keeps its whole traceback

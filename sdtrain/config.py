@@ -107,6 +107,7 @@ class ClusterConfig:
     container: list[str] = field(default_factory=list)
     python: str | None = None
     master_address: str | None = None
+    submitted: str | None = None
     autoencoder: JobConfig = field(default_factory=JobConfig)
     diffusion: JobConfig = field(default_factory=JobConfig)
 

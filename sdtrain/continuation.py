@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +57,15 @@ def resolve_and_redact(cfg: DictConfig) -> dict[str, Any]:
     return without_secrets(OmegaConf.to_container(cfg, resolve=True))
 
 
+def config_text(cfg: DictConfig) -> str:
+    """The same as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg)))
+
+
 def write_config(directory: Path, cfg: DictConfig) -> None:
     """DIR/config.yaml, in one piece: another rank may be reading it."""
     part = directory / "config.yaml.tmp"
-    part.write_text(OmegaConf.to_yaml(OmegaConf.create(resolve_and_redact(cfg))))
+    part.write_text(config_text(cfg))
     part.replace(directory / "config.yaml")
 
 
@@ -93,13 +102,7 @@ def check_continuation(directory: Path, cfg: DictConfig) -> list[str]:
     file = directory / "config.yaml"
     if not file.is_file() or not any(child.is_dir() for child in directory.iterdir()):
         return []
-    try:
-        previous = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(
-            f"{file} cannot be read: {' '.join(str(error).split())}; choose another output_dir"
-        ) from error
-    found = compare(previous, resolve_and_redact(cfg))
+    found = compare(_read_config(file), resolve_and_redact(cfg))
     if found.refused:
         raise ConfigError(
             f"output_dir={directory} holds a run of another config: {'; '.join(map(str, found.refused[:3]))}"
@@ -107,6 +110,56 @@ def check_continuation(directory: Path, cfg: DictConfig) -> list[str]:
             "\n  choose another output_dir, or undo the difference"
         )
     return [f"{difference} differs from the run before" for difference in found.warned]
+
+
+def check_submitted(directory: Path, cfg: DictConfig, digest: str) -> None:
+    """What a job trains is what was sent, whatever has been edited while it waited.
+
+    Args:
+        cfg: what the job composed.
+        digest: of what `slurm/submit.py` wrote of the config then.
+
+    Raises:
+        ConfigError: naming all keys that differ, but those that may change while a run goes on.
+    """
+    file = directory / "slurm" / "config.yaml"
+    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        raise ConfigError(f"{file} is not what this job was sent with; send it again with slurm/submit.py")
+    found = compare(_read_config(file), resolve_and_redact(cfg))
+    if found.refused or found.warned:
+        raise ConfigError(
+            f"the config was changed after this job was sent: {'; '.join(map(str, found.refused + found.warned))}"
+            "\n  undo the difference, or send the job again with slurm/submit.py"
+        )
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """What runs: the package's version, a hash of its source and, of a checkout, the commit (-dirty: edited since).
+
+    As it was when the process first asked: what is edited later does not run here.
+    """
+    package = Path(__file__).parent
+    source = hashlib.sha256()
+    for file in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c")):
+        source.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    found = {"source": source.hexdigest()[:12]}
+    with suppress(PackageNotFoundError):
+        found["version"] = version("sdtrain")
+    if (package.parent / ".git").exists():  # else a repository around it is somebody else's
+        ask = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            found["commit"] = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return found
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(
+            f"{file} cannot be read: {' '.join(str(error).split())}; choose another output_dir"
+        ) from error
 
 
 def flatten(node: Any, path: str = "") -> dict[str, Any]:

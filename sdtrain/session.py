@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from omegaconf import DictConfig
 
 from sdtrain.build import build
 from sdtrain.callback import ending
+from sdtrain.callback.accounts import counted
 from sdtrain.callback.guard import Rollback
 from sdtrain.callback.log import Log
 from sdtrain.callback.mfu import MFU
 from sdtrain.checkpoint.commit import find_resume
-from sdtrain.continuation import check_continuation, config_hash, resolve_and_redact, write_config
+from sdtrain.continuation import check_continuation, code_version, config_hash, resolve_and_redact, write_config
 from sdtrain.contracts import Context
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.ops.denormal import flush_denormals
@@ -67,10 +69,24 @@ class Session:
             self.directory.mkdir(parents=True, exist_ok=True)
             ending.forget(self.directory)
             write_config(self.directory, cfg)
-            self.tracker = Fanout(JsonlTracker(self.directory / "metrics.jsonl"), [build(cfg.tracker)])
-            for change in changes:
+            rows = JsonlTracker(self.directory / "metrics.jsonl")
+            self.tracker = Fanout(rows, [build(cfg.tracker)])
+            for change in [*changes, *self._note_code(rows)]:  # no stage has begun, so mirrors have no run yet
                 print(f"warning: {change}", flush=True)
-                self.tracker.log({"event": "warning", "warning": change})
+                rows.log({"event": "warning", "warning": change})
+
+    def _note_code(self, rows: JsonlTracker) -> list[str]:
+        """Writes down what code runs; a warning where it is not what ran here before."""
+        code, file = code_version(), self.directory / "code.json"
+        before = ending.read_json(file)
+        if before is not None and before["source"] == code["source"]:
+            return []
+        ending.write_json(file, code)
+        rows.log({"event": "code", **code})
+        if before is None:
+            return []
+        told = [" ".join(f"{key} {value}" for key, value in each.items()) for each in (before, code)]
+        return [f"the code differs from that of the run before: {told[0]} -> {told[1]}"]
 
     def context(self, stage: str, section: DictConfig) -> Context:
         """Where a stage runs."""
@@ -153,9 +169,12 @@ class Session:
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
             while True:
                 self.fitting = trainer = self.trainer(section)
-                checkpoint = find_resume(context.directory / "checkpoints", resume)
+                connector = trainer._checkpoint_connector
+                if not hasattr(connector, "_select_ckpt_path"):  # a resume that never happens must not be silent
+                    raise RunError("this Lightning asks for checkpoints elsewhere: install constraints.txt's", 1)
+                connector._select_ckpt_path = partial(_choose, trainer, context.directory, resume)
                 try:
-                    trainer.fit(stage, datamodule=data, ckpt_path=checkpoint)
+                    trainer.fit(stage, datamodule=data)
                     break
                 except Rollback as rollback:
                     if self.is_first:
@@ -172,7 +191,7 @@ class Session:
             "steps": trainer.global_step,
             "images": stage.images_seen,
             "parameters": sum(map(num_values, stage.parameters())),
-            "data": data.accounting(),
+            "data": counted(data, trainer.world_size),
             "world_size": trainer.world_size,
             "strategy": type(trainer.strategy).__name__,
             "seconds": {"fit": round(trained - started, 1), "evaluation": round(time.monotonic() - trained, 1)},
@@ -248,6 +267,12 @@ class Session:
         except Exception:  # whatever goes wrong without memory, it is the run's end that is told
             section = "autoencoder.recognition" if stage == "recognition" else stage
             return f"lower {section}.trainer.batch_size, or raise {section}.trainer.num_accumulate, which keeps it"
+
+
+def _choose(trainer: L.Trainer, directory: Path, resume: str, *_: Any, **__: Any) -> Path | None:
+    """The checkpoint that a fit goes on from. Lightning asks once all ranks are there; one of them verifies it."""
+    trainer.strategy.setup_environment()  # a moment early, and then again: from here on the ranks can talk
+    return find_resume(directory / "checkpoints", resume, trainer.global_rank, trainer.strategy.broadcast)
 
 
 class NoProfiler(PassThroughProfiler):

@@ -2,13 +2,15 @@
 
 python slurm/submit.py +experiment=sd15_256 cluster=slurm num_nodes=8 devices=8 [--dry-run] [--array seed=0,1,2]
 
-The config is composed and checked here, so that a mistake costs no time in the queue. DIR/config.yaml holds it; a job
-whose config has changed since ends with 2. The scripts, made from slurm/job.sh, and their logs stand in DIR/slurm.
+The config is composed and checked here, so that a mistake costs no time in the queue. DIR/slurm/config.yaml holds it; a
+job that composes another one later, since a file was edited, ends with 2 and names the keys. The scripts, made from
+slurm/job.sh, and their logs stand in DIR/slurm.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -23,7 +25,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sdtrain.config import ClusterConfig, load_config
-from sdtrain.continuation import check_continuation, write_config
+from sdtrain.continuation import check_continuation, config_text, write_config
 from sdtrain.errors import ConfigError
 from sdtrain.sweep import jobs
 
@@ -146,6 +148,8 @@ def run_lines(runs: list[Run], stage: str, config_directory: str | None) -> str:
     """Bash: the run directory and its arguments; in an array those of each task."""
     cfg = runs[0].cfg
     typed = [[a for a in run.arguments if key_of(a) not in DECIDED_HERE] for run in runs]
+    for run, arguments in zip(runs, typed):
+        arguments.append(f"cluster.submitted={hashlib.sha256(config_text(run.cfg).encode()).hexdigest()}")
     common = [argument for argument in typed[0] if all(argument in arguments for arguments in typed)]
     shared = ["--config-dir", str(Path(config_directory).resolve())] if config_directory else []
     shared += [*common, f"stages=[{stage}]", f"num_nodes={cfg.cluster[stage].num_nodes or cfg.num_nodes}"]
@@ -182,6 +186,7 @@ def write(runs: list[Run], scripts: dict[str, str], home: Path) -> None:
         (home / f"{stage}.sh").write_text(script)
     for run in runs:
         (run.directory / "slurm").mkdir(parents=True, exist_ok=True)
+        (run.directory / "slurm" / "config.yaml").write_text(config_text(run.cfg))
         write_config(run.directory, run.cfg)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
 from sdtrain.callback.ending import read_json
@@ -17,7 +19,8 @@ from sdtrain.contracts import Context
 
 class Accounts(EverySteps):
     """An event `start` with the run's lineage, then every `every_steps` optimizer steps, and at the last one, a row of
-    what no loss says: restarts, the average's decay, and what was read and replaced, as the first rank counts it.
+    what no loss says: restarts, the average's decay, and what was read and replaced, over all ranks. They tell each
+    other at that step alone.
     """
 
     def __init__(self, every_steps: int = 1000) -> None:
@@ -42,16 +45,41 @@ class Accounts(EverySteps):
 
     @override
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = counted(trainer.datamodule, trainer.world_size)
         if not trainer.is_global_zero:
             return
         average = pl_module.ema
         decay = {} if average is None else {"ema_decay": average.profiles[0].kept(average.num_updates)}
-        counts = {f"data/{name}": count for name, count in trainer.datamodule.accounting().items()}
+        counts = {f"data/{name}": count for name, count in total.items()}
         pl_module.context.tracker.log({**self._place(trainer, pl_module), **decay, **counts})
 
     def _place(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         place = {"stage": pl_module.context.stage, "step": trainer.global_step, "images": pl_module.images_seen}
         return place | {"restarts": self._num_restarts}
+
+
+def counted(data: LightningDataModule, world_size: int) -> dict[str, float]:
+    """What was read and replaced, over all ranks, which call it together."""
+    everyones = [data.accounting()] * world_size
+    if world_size > 1:
+        dist.all_gather_object(everyones, everyones[0])
+    return together(everyones, data.same_on_every_rank)
+
+
+def together(accounts: Sequence[Mapping[str, float]], same: Collection[str]) -> dict[str, float]:
+    """What all ranks counted. Names that begin with a word of `same` are of the whole run already; of shards that are
+    bad, which several ranks may have met, it is the most that one rank knows.
+    """
+    total: dict[str, float] = {}
+    for own in accounts:
+        for name, count in own.items():
+            if name.partition("/")[0] in same:
+                total.setdefault(name, count)
+            elif name == "bad_shards":
+                total[name] = max(total.get(name, 0), count)
+            else:
+                total[name] = total.get(name, 0) + count
+    return total
 
 
 def lineage(context: Context, latents: dict[str, Any] | None) -> dict[str, str]:

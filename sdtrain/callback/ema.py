@@ -62,7 +62,8 @@ class EMA(L.Callback):
         step = trainer.global_step
         if step != self._last_step:
             self._last_step = step
-            pl_module.ema.update()
+            if not pl_module.is_left_out:
+                pl_module.ema.update()
             if self.snapshot_every_steps is not None and step % self.snapshot_every_steps == 0:
                 with off_the_clock(trainer, "averages"):
                     self._snapshot(trainer, pl_module)

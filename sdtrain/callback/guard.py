@@ -50,8 +50,8 @@ class Guard(Callback):
 
     Args:
         on_nonfinite: "stop" ends the run with 76. "rollback" goes back to the newest checkpoint and passes over the
-            samples since then. "skip" leaves the step out, weights and optimizer as they were: the host then waits for
-            every step's gradients, and DeepSpeed, which keeps them to itself, cannot.
+            samples since then. "skip" leaves the step out: weights, optimizer, averages and schedule are as they were,
+            and the step counts only as one of max_steps. The host then waits for every step's gradients.
         most_in_a_row: more steps skipped one after the other, or rollbacks to one checkpoint, end the run too.
     """
 
@@ -70,8 +70,6 @@ class Guard(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.on_nonfinite == "skip" and "deepspeed" in type(trainer.strategy).__name__.lower():
-            raise ConfigError("guard.on_nonfinite=skip does not work with DeepSpeed; choose stop or rollback")
         self._step = trainer.global_step
         self._agreement = Agreement(trainer)
 
@@ -87,10 +85,10 @@ class Guard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self.on_nonfinite == "skip" and not _has_scaler(trainer):
-            parameters = [p for p in pl_module.parameters() if p.grad is not None]
-            self._values.append(("gradient", get_total_norm([p.grad for p in parameters])))
-            self._skip_if_bad(trainer, parameters)
+        if self.on_nonfinite == "skip" and pl_module.is_last_micro:  # DeepSpeed asks at every micro-batch
+            if not _has_scaler(trainer):
+                self._values.append(("gradient", _gradient_norm(trainer)))
+            pl_module.is_left_out = self._is_to_skip(trainer)
 
     @override
     def on_train_batch_end(
@@ -113,7 +111,8 @@ class Guard(Callback):
         named = [(name, p) for name, p in pl_module.named_parameters() if p.numel()]
         flags = torch.stack([~p.detach().isfinite().all() for _, p in named]).tolist() if named else []
         bad = next((f"parameter {name}" for (name, _), is_bad in zip(named, flags) if is_bad), "")
-        if self._agreement.now(bool(bad)):
+        # ZeRO-3 leaves such a step out by itself: its weights are finite, and the note is not read yet.
+        if self._agreement.now(bool(bad) or any(note.bad() for note in self._notes)):
             self._end(trainer, bad)
         self._data_state = _data_state(trainer)
         if self.on_nonfinite == "rollback":
@@ -142,17 +141,16 @@ class Guard(Callback):
             is_written.record()
         return Note(step, list(names), values, is_written, self._sample_ids)
 
-    def _skip_if_bad(self, trainer: Trainer, parameters: list[torch.nn.Parameter]) -> None:
+    def _is_to_skip(self, trainer: Trainer) -> bool:
         bad = self._note(trainer.global_step + 1).bad()
         if not self._agreement.now(bool(bad)):
             self._num_in_a_row = 0
-            return
+            return False
         self._num_in_a_row += 1
         step, what, path = self._report(trainer, [(trainer.global_step + 1, bad, self._sample_ids)])
         if self._num_in_a_row > self.most_in_a_row:
             raise self._stop(f"{what} at step {step}, and {self.most_in_a_row} steps before it were skipped", path)
-        for parameter in parameters:
-            parameter.grad = None  # of which no optimizer takes notice
+        return True
 
     def _end(self, trainer: Trainer, parameter: str = "") -> None:
         """On all ranks together: never returns."""
@@ -199,6 +197,13 @@ class Guard(Callback):
 def _has_scaler(trainer: Trainer) -> bool:
     """fp16: it skips a step with such a gradient and lowers its scale."""
     return trainer.precision == "16-mixed"
+
+
+def _gradient_norm(trainer: Trainer) -> Tensor:
+    """Over all ranks, wherever the strategy keeps the gradients."""
+    if hasattr(trainer.strategy, "norms"):
+        return torch.stack([*trainer.strategy.norms().values()]).norm()
+    return get_total_norm([p.grad for p in trainer.lightning_module.parameters() if p.grad is not None])
 
 
 def _data_state(trainer: Trainer) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from sdtrain.errors import ConfigError, RunError
 
 MANIFEST = "COMPLETE.json"
-_found: dict[Path, str] = {}  # by `find_resume`, with the hash of its manifest
+_found: dict[Path, str] = {}  # by the first rank's `find_resume`, with the hash of its manifest
 
 
 def commit(
@@ -97,6 +97,7 @@ def verify(path: Path) -> None:
 
 def verify_once(path: Path) -> None:
     """As `verify`, but for the checkpoint that `find_resume` has just verified: a resume reads it all one time less."""
+    read_manifest(path)  # which says so where another rank found what is not here
     if _found.pop(path, None) != manifest_hash(path):
         verify(path)
 
@@ -131,24 +132,40 @@ def newest_valid(checkpoints_directory: Path) -> tuple[Path | None, list[tuple[P
     return None, skipped
 
 
-def find_resume(checkpoints_directory: Path, resume: str) -> Path | None:
-    """Where to continue from: `auto` takes the newest valid checkpoint if any, `must` insists, `never` starts anew."""
+def find_resume(
+    checkpoints_directory: Path,
+    resume: str,
+    rank: int = 0,
+    broadcast: Callable[[Any], Any] = lambda own: own,
+) -> Path | None:
+    """Where to continue from: `auto` takes the newest valid checkpoint if any, `must` insists, `never` starts anew.
+
+    The first rank reads and verifies; the others wait for its word, and load nothing but what it has verified.
+
+    Args:
+        broadcast: gives every rank what the first one says.
+    """
     if resume not in ("auto", "must", "never"):
         raise ConfigError(f"resume={resume}: it is auto, must or never")
     if resume == "never":
         return None
+    own = _find(checkpoints_directory) if rank == 0 else (None, "", 0)
+    path, digest, num_skipped = broadcast(own)
+    if path is None and resume == "must":
+        raise RunError(f"resume=must, but no checkpoint in {checkpoints_directory} is valid ({num_skipped} skipped)", 3)
+    if path is not None:
+        _found[path] = digest
+    elif num_skipped and rank == 0:
+        print("no valid checkpoint is left: starting from the beginning", flush=True)
+    return path
+
+
+def _find(checkpoints_directory: Path) -> tuple[Path | None, str, int]:
+    """The newest valid checkpoint, what names it, and how many newer ones are not."""
     path, skipped = newest_valid(checkpoints_directory)
     for skipped_path, reason in skipped:
         print(f"skipped checkpoint {skipped_path.name}: {reason}", flush=True)
-    if path is None and resume == "must":
-        raise RunError(
-            f"resume=must, but no checkpoint in {checkpoints_directory} is valid ({len(skipped)} skipped)", 3
-        )
-    if path is None and skipped:
-        print("no valid checkpoint is left: starting from the beginning", flush=True)
-    if path is not None:
-        _found[path] = manifest_hash(path)
-    return path
+    return path, "" if path is None else manifest_hash(path), len(skipped)
 
 
 def prune(newest: Path, keep_last: int, keep_every_steps: int | None = None, best: str = "max") -> list[str]:

@@ -86,6 +86,8 @@ class DeepSpeed(DeepSpeedStrategy):
         ConfigError: where DeepSpeed is not installed.
     """
 
+    has_whole_gradients = False  # `callback.gradient` asks: they are in pieces, a parameter's on several ranks
+
     def __init__(self, zero_stage: Literal[1, 2, 3], offload: bool = False, accelerator: str = "auto") -> None:
         if find_spec("deepspeed") is None:
             raise ConfigError(
@@ -244,27 +246,32 @@ class DeepSpeed(DeepSpeedStrategy):
         if self.precision_plugin.scaler is not None and saved.get("scaler"):
             self.precision_plugin.scaler.load_state_dict(saved["scaler"])
 
-    def clip(self, max_norm: float | None, idle: Sequence[str]) -> dict[str, Tensor]:
-        """The norm of each part's gradients over all ranks. The step that follows clips each part by its own.
-
-        Args:
-            max_norm: null for no clipping.
-            idle: parts that the step leaves as they are, without counting it.
-        """
+    def norms(self) -> dict[str, Tensor]:
+        """The norm of each part's gradients over all ranks, after a step's last backward. All ranks together."""
         squares: dict[str, Tensor] = {}
         for name, gradients in zero.gradient_groups(self.model.optimizer):
             own = [norm.to(self.root_device) for norm in torch._foreach_norm(gradients, 2, torch.float32)]
             square = torch.stack(own).square().sum() if own else torch.zeros((), device=self.root_device)
             squares[name] = squares.get(name, 0.0) + square
         total = self.reduce(torch.stack(list(squares.values())), reduce_op="sum")
-        norms = total.sqrt() / self.model.optimizer.loss_scale
+        return dict(zip(squares, total.sqrt() / self.model.optimizer.loss_scale))
+
+    def clip(self, max_norm: float | None, idle: Sequence[str]) -> dict[str, Tensor]:
+        """As `norms`, of the parts that are not idle. The step that follows clips each part by its own.
+
+        Args:
+            max_norm: null for no clipping.
+            idle: parts that the step leaves as they are, without counting it.
+        """
+        by_part = self.norms()
+        norms = torch.stack([*by_part.values()])
         factors = torch.ones_like(norms) if max_norm is None else (max_norm / (norms + 1e-6)).clamp(max=1.0)
         scaler = self.precision_plugin.scaler
-        if scaler is not None:
+        if scaler is not None and not by_part.keys() <= set(idle):  # a step that is left out says nothing of the scale
             scaler.update(is_finite := bool(norms.isfinite().all()))
-            idle = idle if is_finite else list(squares)
-        self._factors, self._idle = dict(zip(squares, factors)), idle
-        return {name: norm for name, norm in zip(squares, norms) if name not in idle}
+            idle = idle if is_finite else list(by_part)
+        self._factors, self._idle = dict(zip(by_part, factors)), idle
+        return {name: norm for name, norm in by_part.items() if name not in idle}
 
     def _scale_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """ZeRO steps one group after the other, its gradients in float32 then, and unscaled."""

@@ -38,7 +38,9 @@ class Recorder(NullTracker):
 class TinyStage(LightningModule):
     """What the callbacks ask of a stage, and a record of what they asked."""
 
-    def __init__(self, context, accumulate=1, evaluate_seconds=0.0, compute_seconds=0.0, preview=True, figures=True):
+    def __init__(
+        self, context, accumulate=1, evaluate_seconds=0.0, compute_seconds=0.0, preview=True, figures=True, compared=()
+    ):
         super().__init__()
         self.layer = torch.nn.Linear(9, 1)
         self.context = context
@@ -47,6 +49,7 @@ class TinyStage(LightningModule):
         self.evaluate_seconds = evaluate_seconds
         self.compute_seconds = compute_seconds
         self.has_preview, self.has_figures = preview, figures
+        self.compared = dict(compared)
         self.losses = []
         self.is_averaged = False
         self.ema = None
@@ -100,6 +103,10 @@ class TinyStage(LightningModule):
     def evaluate_raw(self):
         assert not self.is_averaged
         return {"val_raw/psnr": 10.0 + self.trainer.global_step}
+
+    def compare(self):
+        assert self.is_averaged
+        return self.compared
 
     def preview(self):
         assert self.is_averaged

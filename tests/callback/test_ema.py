@@ -24,7 +24,7 @@ class Averaged(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.other = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
-        self.ema, self.history = None, []
+        self.ema, self.history, self.is_left_out = None, [], False
 
     def averaged_parameters(self):
         return ((name, p) for name, p in self.named_parameters() if name.startswith("layer."))
@@ -80,6 +80,16 @@ def test_one_update_an_optimizer_step_whatever_the_accumulation(accumulate):
     with stage.averaged_weights():
         torch.testing.assert_close(stage.layer.weight.detach(), expected)
     assert torch.equal(stage.layer.weight, stage.history[-1])
+
+
+def test_a_step_that_was_left_out_is_not_averaged(monkeypatch):
+    def step(self, batch, batch_idx, original=Averaged.training_step):
+        self.is_left_out = batch_idx == 2
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Averaged, "training_step", step)
+    stage, _ = fit(6)
+    assert stage.ema.num_updates == 5
 
 
 def test_it_averages_what_the_stage_names(tmp_path):

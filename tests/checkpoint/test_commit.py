@@ -13,7 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdtrain.checkpoint.commit import commit, find_resume, manifest_hash, newest_valid, prune, read_manifest, verify
+from sdtrain.checkpoint import commit as commit_file
+from sdtrain.checkpoint.commit import (
+    commit,
+    find_resume,
+    manifest_hash,
+    newest_valid,
+    prune,
+    read_manifest,
+    verify,
+    verify_once,
+)
 from sdtrain.errors import ConfigError, RunError
 
 
@@ -131,6 +141,36 @@ def test_resume_words(tmp_path, capsys):
     assert "from the beginning" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="resume=perhaps"):
         find_resume(tmp_path, "perhaps")
+
+
+def test_one_rank_verifies_and_the_others_are_told(tmp_path, monkeypatch):
+    """The guard: each byte is read once to be hashed, not once on every rank; what is loaded is what was verified."""
+    path, told, hashed = save_line(tmp_path, 1, 2), [], []
+    original = commit_file._sha256
+    monkeypatch.setattr(commit_file, "_sha256", lambda file: hashed.append(file.name) or original(file))
+    assert find_resume(tmp_path, "auto", broadcast=lambda own: told.append(own) or own) == path
+    verify_once(path)
+    assert [hashed.count(name) for name in ("a.bin", "b.bin")] == [1, 1]
+    hashed.clear()
+    assert find_resume(tmp_path, "auto", rank=1, broadcast=lambda _: told[0]) == path
+    verify_once(path)
+    assert set(hashed) == {"COMPLETE.json"}
+    with pytest.raises(RunError, match="2 skipped") as raised:
+        find_resume(tmp_path, "must", rank=1, broadcast=lambda _: (None, "", 2))
+    assert raised.value.exit_code == 3
+
+
+def test_what_is_not_the_first_ranks_is_not_taken_for_it(tmp_path):
+    """Nodes that see another directory under the same name: an old copy, or nothing."""
+    path = save_line(tmp_path, 1, 2)
+    find_resume(tmp_path, "auto", rank=1, broadcast=lambda _: (path, "another hash", 0))
+    flip_a_bit(path)
+    with pytest.raises(RunError, match="differs"):
+        verify_once(path)
+    find_resume(tmp_path, "auto", rank=1, broadcast=lambda _: (tmp_path / "step_00000009", "a hash", 0))
+    with pytest.raises(RunError, match="step_00000009/COMPLETE.json cannot be read") as raised:
+        verify_once(tmp_path / "step_00000009")
+    assert raised.value.exit_code == 3
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):

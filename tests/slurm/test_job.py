@@ -69,6 +69,20 @@ def test_the_controllers_own_signal_comes_ahead_of_a_real_limit(slurm, send):
     assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
 
 
+def test_a_config_that_is_edited_while_the_job_waits_is_refused_by_the_job(slurm, tmp_path):
+    """By `python -m sdtrain` itself, in a second: what trains is what was sent, or nothing."""
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\ndefaults: [smoke]\ndiffusion: {optim: {lr: 1e-3}}\n")
+    typed = ["+experiment=mine", *SMALL[1:], "--config-dir", tmp_path / "own", f"output_dir={tmp_path}/run"]
+    job = slurm.submit(*typed, "stages=[autoencoder]", "cluster.lines=['--hold']")[2]["autoencoder"]
+    (own / "mine.yaml").write_text("# @package _global_\ndefaults: [smoke]\ndiffusion: {optim: {lr: 2e-3}}\n")
+    slurm.run("scontrol", "release", job)
+    assert slurm.wait(job)["JobState"] == "FAILED"
+    assert "sent: diffusion.optim.lr 0.001 -> 0.002\n" in log(tmp_path, "autoencoder", job)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_run_that_makes_no_step_twice_is_not_requeued_for_ever(slurm, send, tmp_path):
     job = send("leave REQUEUE")["diffusion"]
     record = slurm.wait(job)

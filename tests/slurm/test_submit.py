@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdtrain.config import load_config
-from sdtrain.continuation import check_continuation
+from sdtrain.continuation import check_continuation, check_submitted
 from sdtrain.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -76,6 +76,7 @@ def test_the_script_is_as_it_was_read(submit, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     script = script.replace(str(tmp_path), "/runs").replace(f"--chdir={Path.cwd()}\n", "--chdir=/here\n")
+    script = re.sub(r"[0-9a-f]{64}", "HASH", script)
     file = HERE / "golden" / f"{name}.sh"
     if os.environ.get("SDTRAIN_WRITE_GOLDEN"):
         file.write_text(script)
@@ -165,6 +166,44 @@ def test_a_job_whose_config_has_changed_since_ends(submit, sbatch, tmp_path):
     (run / "autoencoder").mkdir()
     code, _, error = submit(*typed)
     assert (code, "batch_size 64 -> 32" in error) == (2, True)
+
+
+def digests(run, stage="autoencoder"):
+    """What the jobs of a script are told to be."""
+    return re.findall(r"cluster\.submitted=(\w{64})", (run / "slurm" / f"{stage}.sh").read_text())
+
+
+def test_a_job_trains_what_was_sent(submit, sbatch, tmp_path):
+    """The guard: a learning rate that a run may change when it goes on is not changed under a job that waits."""
+    run = tmp_path / "run"
+    typed = [*TYPED, f"output_dir={run}", "diffusion.optim.lr=1e-3"]
+    submit(*typed)
+    (digest,) = digests(run)
+    job = [*typed, "stages=[autoencoder]", f"cluster.submitted={digest}"]
+    for allowed in ([], ["diffusion.trainer.max_steps=7", "tracker=none"]):
+        check_submitted(run, load_config([*job, *allowed]), digest)
+    edited = ["diffusion.optim.lr=2e-3", "precision=32-true", "seed=3", "data.num_train=10"]
+    for edits in (edited, edited[:1]):
+        with pytest.raises(ConfigError, match="was changed after this job was sent: ") as raised:
+            check_submitted(run, load_config([*job, *edits]), digest)
+        keys = re.findall(r"(?:: |; )([\w.]+) \S+ -> ", str(raised.value).splitlines()[0])
+        assert sorted(keys) == sorted(edit.partition("=")[0] for edit in edits)
+    assert len(check_continuation(run, load_config([*typed, edited[0]]))) == 1, "by hand it is a warning, as ever"
+    frozen = run / "slurm" / "config.yaml"
+    frozen.write_text(frozen.read_text() + "# edited\n")
+    with pytest.raises(ConfigError, match=r"slurm/config.yaml is not what this job was sent with; send it again"):
+        check_submitted(run, load_config(job), digest)
+
+
+def test_each_task_of_an_array_has_the_config_of_its_own(submit, sbatch, tmp_path):
+    submit(*TYPED, f"output_dir={tmp_path}/run", "--array", "seed=0,1")
+    told = digests(tmp_path / "run", "diffusion")
+    for seed, other in ((0, 1), (1, 0)):
+        run = tmp_path / "run" / f"seed={seed}"
+        cfg = load_config([*TYPED, f"seed={seed}", f"output_dir='{run}'"])
+        check_submitted(run, cfg, told[seed])
+        with pytest.raises(ConfigError, match="is not what this job was sent with"):
+            check_submitted(run, cfg, told[other])
 
 
 def test_what_is_queued_is_not_sent_twice(submit, sbatch, tmp_path):

@@ -72,6 +72,19 @@ def test_a_part_that_is_idle_gives_the_optimizer_nothing(two_parts):
     assert set(stage._sums) == {"grad_norm/large"}
 
 
+def test_a_step_that_is_left_out_gives_the_optimizer_nothing_and_its_schedule_does_not_count_it(two_parts):
+    stage = two_parts(1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(stage.parameters(), 1.0), lambda step: 1.0 - step / 4)
+    for is_left_out, last_epoch in ((True, 0), (False, 1)):
+        stage.is_left_out = is_left_out
+        stage.give_gradients()
+        stage.configure_gradient_clipping(None)
+        assert all((p.grad is None) == is_left_out for p in stage.parameters())
+        stage.lr_scheduler_step(schedule, None)
+        assert schedule.last_epoch == last_epoch
+    assert stage._counts == {"grad_norm/large": 1, "grad_norm/small": 1}
+
+
 def test_a_strategy_that_keeps_the_gradients_clips_them(two_parts):
     stage = two_parts(1.0)
     stage.idle_parts = ("small",)

@@ -61,11 +61,12 @@ class Outcome:
 
 @pytest.fixture(scope="session")
 def train_in_processes(command):
-    """train_in_processes(directory, *overrides) -> what came of it."""
+    """train_in_processes(directory, *overrides) -> what came of it; `script` in place of `-m sdtrain`."""
 
-    def train(directory, *overrides, num_threads=1):
+    def train(directory, *overrides, num_threads=1, script=None):
         # Lightning's launcher leaves these in the environment of whoever ran a fit in this process.
         arguments, options = command(directory, *TRAINING, *overrides)
+        arguments[1:3] = arguments[1:3] if script is None else [script]
         options["env"] = {k: v for k, v in options["env"].items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
         options["env"]["OMP_NUM_THREADS"] = str(num_threads)
         process = subprocess.Popen(
@@ -80,6 +81,12 @@ def train_in_processes(command):
         return Outcome(directory)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def train_here(train):
+    """As `train_in_processes`, in this one."""
+    return lambda directory, *overrides: Outcome(train(directory, *TRAINING, *overrides))
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,16 @@ def test_batches_and_modules_keep_their_precision():
     assert linear(batch["image"]).dtype == torch.float32
 
 
+def test_a_step_that_is_left_out_says_nothing_of_the_loss_scale(monkeypatch):
+    strategy = DeepSpeed(2, accelerator="cpu")
+    strategy._precision_plugin = plugin = Autocast("16-mixed", "cuda")
+    monkeypatch.setattr(strategy, "norms", lambda: {"a": torch.tensor(float("nan")), "b": torch.tensor(3.0)})
+    assert strategy.clip(1.0, ["a", "b"]) == {}
+    assert plugin.scaler.scale == 2.0**16
+    assert strategy.clip(1.0, ["a"]) == {}
+    assert (plugin.scaler.scale, list(strategy._idle)) == (2.0**15, ["a", "b"])
+
+
 def test_a_precision_without_float32_weights_is_refused():
     strategy = DeepSpeed(2, accelerator="cpu")
     with pytest.raises(ConfigError, match="precision=bf16-true: .* write precision=bf16-mixed"):

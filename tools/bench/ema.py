@@ -7,6 +7,12 @@ is the whole). Peers: CompVis' LitEma, written here as it is documented (a loop 
 buffer under its name without dots, `buffer.sub_(one_minus_decay * (buffer - parameter))`); torch's `swa_utils` with
 its foreach average; diffusers' `EMAModel` in its default form and with `foreach`. The last line is a copy of as many
 bytes as the update reads and writes.
+
+The limit is memory: an average reads 4 bytes of a weight and 4 of its average, and writes 4: 12 a parameter, and 8 more
+for a second length. LitEma's three operations move 12, 8 and 12, 32 together, so one pass is at most 32 / 12 = 2.7
+times as fast where neither fits a cache. Measured at 13.6 M parameters on one core of a Xeon (2 MB of L2): LitEma 21.1
+ms, ours 10.8 ms, 15 GB/s, 1.96x; a loop of C over one flat buffer 7.5 ms, 22 GB/s, 2.8x, and over the tensors as they
+lie 8.9 ms. Five times would be 39 GB/s, which this core does not have.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@
 #SBATCH --array=0-1
 
 case $SLURM_ARRAY_TASK_ID in
-0) run=/runs/run/seed=0 own=(seed=0) ;;
-1) run=/runs/run/seed=1 own=(seed=1) ;;
+0) run=/runs/run/seed=0 own=(seed=0 cluster.submitted=HASH) ;;
+1) run=/runs/run/seed=1 own=(seed=1 cluster.submitted=HASH) ;;
 esac
 arguments=(
     +experiment=smoke

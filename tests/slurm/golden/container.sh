@@ -39,6 +39,7 @@ arguments=(
     'cluster.master_address='"'"'$(hostname -i)'"'"''
     cluster.max_step_seconds=10
     cluster.max_save_seconds=20
+    cluster.submitted=HASH
     'stages=[autoencoder]'
     num_nodes=4
     "output_dir='$run'"
