@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sdtrain.build import build
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.manifest import Manifest
+from sdtrain.interop.told import example
 from sdtrain.interop.weights import load_first_stage, load_model, own_whitening, save_first_stage
 from sdtrain.ops.compile import compile_regions
 from sdtrain.session import Session, barrier
@@ -40,6 +41,8 @@ def run(cfg: DictConfig) -> int:
     session = Session(cfg)
     stages = {"autoencoder": run_autoencoder, "diffusion": run_diffusion}
     with session.recorded():
+        if "diffusion" in cfg.stages:
+            build_all(cfg.diffusion.metric)  # a file that is not there is told now, not after stage 1
         for name in cfg.stages:
             done = session.summary().get(name, {}).get("steps", -1) >= cfg[name].trainer.max_steps
             if done and cfg.resume != "never":
@@ -128,6 +131,7 @@ def run_diffusion(session: Session) -> None:
     model, conditioner = build(cfg.model), build(cfg.conditioner)
     if hasattr(conditioner, "prepare"):
         conditioner.prepare(session.directory / "diffusion", lambda: data.captions("train"))
+    data.accompany(conditioner.inputs)
     if cfg.model.weights:
         load_model(model, cfg.model.weights, cfg.model)
     if section.compile:
@@ -160,10 +164,13 @@ def prove_latents(session: Session, stage: DiffusionStage, data: L.LightningData
     """
     use_stored_text(stage.conditioner, data)
     num = check_latents(stage.first_stage, data, session.cfg.seed)
-    if num == 0 and "memorisation" in stage.metric:
+    distribution = stage.metric.get("distribution")
+    wanting = ["memorisation"] if "memorisation" in stage.metric else []
+    wanting += ["distribution"] if distribution is not None and distribution.real is None else []
+    if num == 0 and wanting:
         raise ConfigError(
-            "diffusion.metric.memorisation looks at training pictures, and the shards that the latents were made of "
-            "are gone; set diffusion.metric.memorisation=null"
+            f"diffusion.metric.{wanting[0]} looks at pictures, and the shards that the latents were made of are gone; "
+            f"set diffusion.metric.{wanting[0]}=null"
         )
     if session.is_first:
         gone = "their shards are gone, so none was encoded again"
@@ -212,5 +219,5 @@ def build_all(section: DictConfig) -> dict[str, object]:
 def next_command(session: Session) -> str:
     """What to type after this."""
     if "diffusion" in session.cfg.stages:
-        return f'python tools/sample.py {session.cfg.output_dir} "a big red star on a white background, in the center"'
+        return f"python tools/sample.py {session.cfg.output_dir} {example(session.cfg.conditioner)}"
     return f"the same command with stages=[diffusion] output_dir={session.cfg.output_dir}"

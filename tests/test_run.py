@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sdtrain.errors import ConfigError, RunError
+from sdtrain.run import prove_latents
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("autoencoder", "diffusion")
@@ -39,7 +41,7 @@ def summary(directory):
 
 def test_the_layout_of_a_run(finished):
     names = {path.name for path in finished.iterdir()}
-    files = {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "exit.json"}
+    files = {"config.yaml", "code.json", "metrics.jsonl", "summary.json", "report.html", "exit.json"}
     assert names == files | {"recognition", "autoencoder", "diffusion", "heartbeat"}
     assert json.loads((finished / "exit.json").read_text()) == {"exit_code": 0, "reason": "done"}
     for stage in STAGES:
@@ -360,7 +362,8 @@ def test_every_part_trains_and_draws(train, small, whole, tmp_path, variant):
     assert all(math.isfinite(loss) for loss in losses)
     if "decoded" in variant:
         assert all(row["decoded"] > 0 for row in rows(tmp_path, stage="diffusion") if "loss" in row)
-    (picture,) = Pipeline.load(tmp_path, device="cpu")("a red star", guidance_scale=2.0)
+    pipe = Pipeline.load(tmp_path, device="cpu")
+    (picture,) = pipe("a red star" if "caption" in pipe.inputs else None, guidance_scale=2.0)
     assert picture.size == (64, 64)
 
 
@@ -439,3 +442,22 @@ def test_wandb_offline_mirrors_the_rows(train, tmp_path, monkeypatch):
         seen[stage] = {item["step"]: item["loss"] for item in items if "loss" in item}
     wanted = {row["step"]: row["loss"] for row in rows(run, stage="autoencoder") if "loss" in row}
     assert seen["autoencoder"] == pytest.approx(wanted)
+
+
+def test_a_file_that_stage_2_lacks_is_told_before_stage_1(train, tmp_path):
+    """Guard: the metrics built once at the start."""
+    with pytest.raises(ConfigError, match="no file weights/pt_inception"):
+        train(tmp_path / "run", "metric@diffusion.metric=diffusion_fid")
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+@pytest.mark.parametrize("name", ["memorisation", "distribution"])
+def test_latents_without_pictures_refuse_what_looks_at_pictures(name, monkeypatch):
+    monkeypatch.setattr("sdtrain.run.use_stored_text", lambda *_: None)
+    monkeypatch.setattr("sdtrain.run.check_latents", lambda *_: 0)
+    session = SimpleNamespace(cfg=SimpleNamespace(seed=0), is_first=False)
+    stage = SimpleNamespace(conditioner=None, first_stage=None, metric={name: SimpleNamespace(real=None)})
+    with pytest.raises(ConfigError, match=f"set diffusion.metric.{name}=null"):
+        prove_latents(session, stage, None)
+    stage.metric = {"distribution": SimpleNamespace(real=1)}
+    prove_latents(session, stage, None)  # the real pictures' moments are in a file

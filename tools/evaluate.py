@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sdtrain.interop.evaluation import Evaluation
 
 KEYS = {"source", "num_images", "split", "guidance", "batch", "num_kept", "extractors", "metric"}
+OPTIONAL = {"perceptual", "num_training", "detector"}
 CHANGEABLE = ("num_images", "guidance", "split", "sampler", "num_steps", "seed", "weights")
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-images", metavar="N", type=int, help="default: the protocol's")
     parser.add_argument("--guidance", metavar="SCALE", type=float, nargs="+", help="default: the protocol's")
     parser.add_argument("--split", help="of the run's data, for captions and reference; default: the protocol's")
-    parser.add_argument("--prompts", metavar="FILE", type=Path, help="captions, one a line, instead of the split's")
+    parser.add_argument("--prompts", metavar="FILE", type=Path, help="captions, one a line, or a .jsonl with `prompt`")
     parser.add_argument("--sampler", metavar="NAME", help="one of configs/sampler/; default: the run's")
     parser.add_argument("--num-steps", metavar="N", type=int, help="of the sampler; default: the run's")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
@@ -87,7 +88,7 @@ def read_protocol(args: argparse.Namespace) -> dict[str, Any]:
         names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"--protocol: {args.protocol!r} is neither a file nor one of {names}")
     protocol = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(protocol, dict) or set(protocol) - {"perceptual"} != KEYS:
+    if not isinstance(protocol, dict) or set(protocol) - OPTIONAL != KEYS:
         raise ConfigError(f"--protocol: {file} must have exactly the keys {', '.join(sorted(KEYS))}")
     given = {name: getattr(args, name) for name in CHANGEABLE}
     changed = {name: value for name, value in given.items() if value is not None}
@@ -103,14 +104,18 @@ def read_protocol(args: argparse.Namespace) -> dict[str, Any]:
     return protocol
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The lines that are not empty."""
+def read_prompts(file: Path) -> list[dict[str, Any]]:
+    """The lines that are not empty, as {"prompt": line}; of a .jsonl file, its objects."""
     try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        prompts = [json.loads(line) if file.suffix == ".jsonl" else {"prompt": line} for line in lines]
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not prompts:
         raise ConfigError(f"--prompts: {file} holds no prompt")
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+            raise ConfigError(f"--prompts: {file}: object {number} has no `prompt`")
     return prompts
 
 

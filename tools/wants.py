@@ -129,4 +129,9 @@ def wanted(key: str, name: str) -> str:
     if key.endswith("perceptual.heads"):
         folder = Path(find_spec("torchmetrics").origin).parent / "functional" / "image" / "lpips_models"
         return f"cp {folder / 'vgg.pth'} {name}"
+    if "inception" in name:
+        from sdtrain.metric.inception import WANTED
+
+        address, size = re.search(r"\((\S+), (.*)\)", WANTED).groups()
+        return f"curl -L --create-dirs -o {name} {address} ({size})"
     return f"set {key} to a run of ours, a diffusers folder or a .safetensors file"

@@ -27,7 +27,7 @@ class Evaluate(EverySteps):
         started = time.perf_counter()
         with off_the_clock(trainer, "validation"):
             with pl_module.averaged_weights():
-                figures = dict(pl_module.evaluate())
+                figures = pl_module.evaluate() | pl_module.compare()
             if pl_module.ema is not None:
                 figures |= pl_module.evaluate_raw()
         self.last_figures, self.last_step = figures, trainer.global_step

@@ -16,7 +16,8 @@ class Gradient(Callback):
     """Every `every_steps` optimizer steps, and at the last one, the norm of each top-level block's gradients before
     they are clipped, as `grad_norm/<part>/<block>` of the row of that step: give it the interval of `log`.
 
-    The norms stay on the device until the row is written. DeepSpeed keeps gradients in pieces, so they are left out.
+    The norms stay on the device until the row is written. A strategy that keeps gradients in pieces says so by
+    `has_whole_gradients`, and they are left out.
     """
 
     def __init__(self, every_steps: int) -> None:
@@ -26,10 +27,10 @@ class Gradient(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_whole = "deepspeed" not in type(trainer.strategy).__name__.lower()
+        self._is_whole = getattr(trainer.strategy, "has_whole_gradients", True)
         if trainer.is_global_zero and not self._is_whole:
             print(
-                f"{pl_module.context.stage}: no gradient norms by block, DeepSpeed keeps gradients in pieces",
+                f"{pl_module.context.stage}: no gradient norms by block, this strategy keeps gradients in pieces",
                 flush=True,
             )
 

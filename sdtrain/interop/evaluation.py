@@ -4,79 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sdtrain.build import build
 from sdtrain.checkpoint.commit import MANIFEST, newest_valid
+from sdtrain.contracts import Batch
 from sdtrain.errors import ConfigError, RunError
+from sdtrain.interop.look import Copies, Features, Look, Objects, check_copies, check_objects
 from sdtrain.interop.pipeline import Pipeline
-from sdtrain.metric.figures import OF_SETS, PIXELS, check, figures
-from sdtrain.metric.moments import FeatureMoments, Moments
+from sdtrain.interop.ranks import Ranks
+from sdtrain.metric.distribution import SEED_STRIDE, Seen, network_of
+from sdtrain.metric.figures import OF_SETS, PIXELS, check
+from sdtrain.metric.geneval import GenEval
+from sdtrain.metric.moments import Moments
 from sdtrain.metric.multiscale import ms_ssim
 from sdtrain.metric.reconstruction import reconstruction
 from sdtrain.stage.autoencoder import to_uint8
+from sdtrain.stage.comparison import real_pictures
 
-_SEED_STRIDE = 1_000_003  # batch c of a protocol is drawn with seed + c * this, by whichever rank
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which of how many processes this is, as torchrun says."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    @classmethod
-    @contextmanager
-    def joined(cls) -> Iterator[Ranks]:
-        """Joins the process group where there is one to join, and leaves it."""
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size == 1:
-            yield cls()
-            return
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        try:
-            yield cls(dist.get_rank(), world_size)
-        finally:
-            dist.destroy_process_group()
-
-    @property
-    def device(self) -> str:
-        """This process's own."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Over all ranks, in float64."""
-        total = torch.tensor(list(values), dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def join(self, own: dict[int, str]) -> dict[int, str]:
-        """What every rank holds, by number."""
-        held: list[Any] = [own]
-        if self.world_size > 1:
-            held = [None] * self.world_size
-            dist.all_gather_object(held, own)
-        return {key: value for part in held for key, value in part.items()}
-
-    def batches(self, num: int, size: int) -> Iterator[tuple[int, list[int]]]:
-        """This rank's batches of the places 0 to num - 1, with their numbers. None is padded, none comes twice."""
-        for number in range(self.rank, -(-num // size), self.world_size):
-            yield number, list(range(number * size, min((number + 1) * size, num)))
+_NO_EXTRACTORS = ("pixels", "training", "objects")  # in `metric`, what no network of features measures
 
 
 class Counting:
@@ -109,49 +63,40 @@ class Evaluation:
     pipe: Pipeline
     data: Any
     protocol: dict[str, Any]
-    prompts: list[str] | None
+    prompts: list[dict[str, Any]] | None  # each with its "prompt", and what a file of GenEval's asks for
     ranks: Ranks
     checkpoint: dict[str, Any]
     extractors: dict[str, Any]
     perceptual: nn.Module | None
+    geneval: GenEval | None
     reference: dict[str, Moments] = field(default_factory=dict)
     reference_told: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, run: Path, protocol: dict[str, Any], prompts: list[str] | None, ranks: Ranks) -> Evaluation:
+    def load(
+        cls, run: Path, protocol: dict[str, Any], prompts: list[dict[str, Any]] | None, ranks: Ranks
+    ) -> Evaluation:
         """Raises ConfigError for what is missing, before anything is drawn."""
-        nodes = OmegaConf.create({"extractors": protocol["extractors"], "perceptual": protocol.get("perceptual")})
-        metric = protocol["metric"]
-        extractors = {}
-        for name in metric.keys() - {"pixels"}:
-            if name not in nodes.extractors:
-                raise ConfigError(f"metric.{name}: the protocol has no such extractor")
-            extractors[name] = build(nodes.extractors[name]).to(ranks.device)
-            for asked in metric[name]:
-                check(asked, extractors[name], f"metric.{name}")
-        unknown = set(metric.get("pixels", ())) - set(PIXELS)
-        if unknown or (metric.get("pixels") and protocol["source"] != "reconstructions"):
-            raise ConfigError(f"metric.pixels: only {', '.join(PIXELS)}, and only of source: reconstructions")
-        perceptual = None
-        if "lpips" in metric.get("pixels", ()):
-            if nodes.perceptual is None:
-                raise ConfigError("metric.pixels: lpips wants the protocol's `perceptual`")
-            perceptual = build(nodes.perceptual).to(ranks.device)
         if protocol["source"] not in ("samples", "reconstructions"):
             raise ConfigError(f"source: {protocol['source']!r} is neither samples nor reconstructions")
+        networks = load_networks(protocol, prompts, ranks.device)
         pipe = Pipeline.load(run, protocol["weights"], ranks.device)
+        if _reads_more(pipe) and (prompts is not None or protocol["split"] is None):
+            raise ConfigError(
+                f"this run's model reads {', '.join(pipe.inputs)}: draw samples of a split, not of prompts"
+            )
         found, _ = newest_valid(run / "diffusion" / "checkpoints")
         meta = json.loads((found / MANIFEST).read_text())
         checkpoint = {"checkpoint": found.name, "step": meta["step"], "files": meta["files"]}
         data = _open_data(pipe, protocol["split"])
-        return cls(pipe, data, protocol, prompts, ranks, checkpoint, extractors, perceptual)
+        return cls(pipe, data, protocol, prompts, ranks, checkpoint, *networks)
 
     def refer(self, stored: Path | None, write_to: Path | None) -> None:
         """The reference's moments: stored ones, or those of the split's pictures, as the run's reader crops them."""
         wanted = [name for name in self.extractors if set(self.protocol["metric"][name]) & set(OF_SETS)]
         if stored is not None:
             for name in wanted:
-                identity = self._network(name)
+                identity = network_of(self.extractors[name])
                 self.reference[name], digest = Moments.load(stored / f"{name}.safetensors", identity)
                 self.reference_told[name] = {"sha256": digest, "num_images": self.reference[name].num_images}
         elif wanted:
@@ -161,50 +106,42 @@ class Evaluation:
 
     def _measure_reference(self, wanted: list[str], write_to: Path | None) -> None:
         split, hashes = self.protocol["split"], {}
-        moments = {name: self._moments(name) for name in wanted}
+        seen = {name: Seen(self.extractors[name], self.protocol["num_kept"], self.ranks.device) for name in wanted}
         num = self.data.splits[split]
         for _, places in self.ranks.batches(num, self.protocol["batch"]):
-            pictures = to_uint8(self.data.load(split, places, as_images=True)["image"])
+            pictures = real_pictures(self.data, split, places)
             hashes |= {i: hashlib.sha256(picture.tobytes()).hexdigest() for i, picture in zip(places, pictures)}
             for name in wanted:
-                self._see(moments[name], name, pictures, places)
-        hashes = self.ranks.join(hashes)
-        digest = hashlib.sha256("".join(hashes[i] for i in sorted(hashes)).encode()).hexdigest()
+                seen[name].add(pictures, places)
+        digest = hashlib.sha256("".join(self.ranks.join(hashes)).encode()).hexdigest()
         for name in wanted:
-            self.reference[name] = moments[name].reduce()
+            self.reference[name] = seen[name].reduce()
             self.reference_told[name] = {"split": split, "pictures_sha256": digest, "num_images": num}
             if write_to is not None and self.ranks.rank == 0:
-                self.reference[name].save(write_to / f"{name}.safetensors", self._network(name))
+                self.reference[name].save(write_to / f"{name}.safetensors", network_of(self.extractors[name]))
 
     def measure(self, guidance: float | None) -> dict[str, Any]:
         """Every figure of the protocol at a guidance scale, and how much of its pictures was clamped."""
         counted = Counting(self.pipe.generation.first_stage)
         pipe = Pipeline(self.pipe.cfg, replace(self.pipe.generation, first_stage=counted))
-        moments = {name: self._moments(name) for name in self.extractors}
-        sums: dict[str, float] = {"num_images": 0.0}
+        looks, sums = self._looks(), {"num_images": 0.0}
         is_drawn = self.protocol["source"] == "samples"
         if is_drawn and guidance is None:
             guidance = pipe.generation.sampler.guidance.scale  # the run's own, said aloud
         for number, places in self.ranks.batches(self._num_images(), self.protocol["batch"]):
             captions = self._captions(places) if is_drawn else []
-            pictures = (
-                self._draw(pipe, captions, guidance, number) if is_drawn else self._rebuild(counted, places, sums)
-            )
+            if is_drawn:
+                pictures = self._draw(pipe, captions, places, guidance, number)
+            else:
+                pictures = self._rebuild(counted, places, sums)
             sums["num_images"] += len(pictures)
-            for name in self.extractors:
-                features = self._see(moments[name], name, pictures, places)
-                if "clip_score" in self.protocol["metric"][name]:
-                    total = float(self.extractors[name].score(features, captions).double().sum())
-                    sums[f"{name}/clip_score"] = sums.get(f"{name}/clip_score", 0.0) + total
+            for look in looks:
+                look.add(pictures, places, captions)
         names = self._summed_names()
         num, *totals = self.ranks.sum([sums.get(name, 0.0) for name in ("num_images", *names)])
-        found = {name: total / num for name, total in zip(names, totals)}
-        for name, extractor in self.extractors.items():
-            asked = [metric for metric in self.protocol["metric"][name] if metric != "clip_score"]
-            if asked:
-                reduced = moments[name].reduce()
-                known = figures(asked, extractor, reduced, self.reference.get(name), self.protocol["seed"])
-                found |= {f"{name}/{metric}": value for metric, value in known.items()}
+        found: dict[str, Any] = {name: total / num for name, total in zip(names, totals)}
+        for look in looks:
+            found |= look.figures()
         counts = ("num_pictures", "num_clamped_pictures", "num_values", "num_clamped_values")
         clamped = self.ranks.sum([getattr(counted, count) for count in counts])
         return {"guidance": guidance, **found, **{count: int(n) for count, n in zip(counts, clamped)}}
@@ -216,20 +153,41 @@ class Evaluation:
         }
         prompts = None
         if self.prompts is not None:
-            digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+            lines = [one["prompt"] if len(one) == 1 else json.dumps(one, sort_keys=True) for one in self.prompts]
+            digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
             prompts = {"num_prompts": len(self.prompts), "sha256": digest}
         return {
             **self.protocol,
             **self.checkpoint,
             "num_images": self._num_images(),
             "prompts": prompts,
-            "networks": networks,
+            "networks": networks | self._judges(),
             "reference": self.reference_told,
+            "memorisation": None if (copies := self._copies()) is None else copies.told(),
             "codec": "none: pictures are measured as the 8 bits that were drawn; references as their files decode",
             "run_sampler": OmegaConf.to_container(self.pipe.cfg.sampler, resolve=True),
             "precision": self.pipe.cfg.diffusion.precision or self.pipe.cfg.precision,
             "torch": torch.__version__,
         }
+
+    def _looks(self) -> list[Look]:
+        """The same on every rank, in the same order."""
+        looks: list[Look] = [
+            Features(name, extractor, self.reference.get(name), self.protocol, self.ranks)
+            for name, extractor in self.extractors.items()
+        ]
+        if self.geneval is not None:
+            looks.append(Objects(self.geneval, self.prompts, self.ranks))
+        return looks if (copies := self._copies()) is None else [*looks, copies]
+
+    def _judges(self) -> dict[str, Any]:
+        if self.geneval is None:
+            return {}
+        clip = self.geneval.clip
+        return {"detector": self.geneval.detector.identity, "colours": {**clip.identity, "resize": clip.resize}}
+
+    def _copies(self) -> Copies | None:
+        return Copies(self.data, self.protocol, self.ranks) if self.protocol["metric"].get("training") else None
 
     def _num_images(self) -> int:
         """A reconstruction is of a picture that exists; captions come round again."""
@@ -240,13 +198,18 @@ class Evaluation:
         if self.prompts is None:
             if self.data is None:
                 raise ConfigError("split: null has no captions; give --prompts FILE")
-            self.prompts = self.data.captions(self.protocol["split"])
-        return [self.prompts[i % len(self.prompts)] for i in places]
+            self.prompts = [{"prompt": caption} for caption in self.data.captions(self.protocol["split"])]
+        return [self.prompts[i % len(self.prompts)]["prompt"] for i in places]
 
-    def _draw(self, pipe: Pipeline, captions: list[str], guidance: float | None, number: int) -> np.ndarray:
-        seed = self.protocol["seed"] + number * _SEED_STRIDE
-        drawn = pipe(captions, None, guidance, self.protocol["num_steps"], seed=seed, sampler=self.protocol["sampler"])
-        return np.stack([np.asarray(picture) for picture in drawn])
+    def _draw(
+        self, pipe: Pipeline, captions: list[str], places: list[int], guidance: float | None, number: int
+    ) -> np.ndarray:
+        batch: Batch = {"caption": captions}
+        if _reads_more(pipe):
+            num = self.data.splits[self.protocol["split"]]
+            batch = self.data.load(self.protocol["split"], [i % num for i in places], as_images=True)
+        seed = self.protocol["seed"] + number * SEED_STRIDE
+        return pipe.draw(batch, seed, guidance, self.protocol["num_steps"], self.protocol["sampler"])
 
     @torch.no_grad()
     def _rebuild(self, first_stage: Counting, places: list[int], sums: dict[str, float]) -> np.ndarray:
@@ -267,24 +230,46 @@ class Evaluation:
 
     def _summed_names(self) -> list[str]:
         """The same on every rank, also on one that had no batch."""
-        asked = self.protocol["metric"]
-        names = [f"{name}/clip_score" for name in self.extractors if "clip_score" in asked[name]]
         of_pixels = {"reconstruction": ("psnr", "ssim", "l1", "out_of_range")}
-        return names + [f"pixels/{n}" for metric in asked.get("pixels", ()) for n in of_pixels.get(metric, (metric,))]
+        asked = self.protocol["metric"].get("pixels", ())
+        return [f"pixels/{name}" for metric in asked for name in of_pixels.get(metric, (metric,))]
 
-    def _moments(self, name: str) -> FeatureMoments:
-        return FeatureMoments(self.extractors[name].num_features, self.protocol["num_kept"], self.ranks.device)
 
-    def _see(self, moments: FeatureMoments, name: str, pictures: np.ndarray, places: list[int]) -> Tensor:
-        planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(self.ranks.device)  # (B, 3, H, W)
-        features = self.extractors[name](planes)
-        moments.update(features, torch.tensor(places))
-        return features
+def load_networks(
+    protocol: dict[str, Any], prompts: list[dict[str, Any]] | None, device: str
+) -> tuple[dict[str, Any], nn.Module | None, GenEval | None]:
+    """The extractors, the perceptual loss and the judge that a protocol's figures ask for.
 
-    def _network(self, name: str) -> str:
-        """What stored moments must have been made with."""
-        extractor = self.extractors[name]
-        return f"{extractor.identity['network']}:{extractor.identity['sha256']}:{extractor.resize}"
+    Raises:
+        ConfigError: for a figure that is none, or not of these pictures, and for a file that is not there.
+    """
+    nodes = OmegaConf.create({key: protocol.get(key) for key in ("extractors", "perceptual", "detector")})
+    metric, extractors, perceptual, geneval = protocol["metric"], {}, None, None
+    for name in (name for name in metric if name not in _NO_EXTRACTORS):  # in one order on every rank
+        if name not in nodes.extractors:
+            raise ConfigError(f"metric.{name}: the protocol has no such extractor")
+        extractors[name] = build(nodes.extractors[name]).to(device)
+        for asked in metric[name]:
+            check(asked, extractors[name], f"metric.{name}")
+    unknown = set(metric.get("pixels", ())) - set(PIXELS)
+    if unknown or (metric.get("pixels") and protocol["source"] != "reconstructions"):
+        raise ConfigError(f"metric.pixels: only {', '.join(PIXELS)}, and only of source: reconstructions")
+    if metric.get("training"):
+        check_copies(metric["training"], protocol)
+    if metric.get("objects"):
+        check_objects(metric["objects"], protocol, prompts)
+        clip = extractors["clip"] if "clip" in extractors else build(nodes.extractors.clip).to(device)
+        geneval = GenEval(build(nodes.detector).to(device), clip)
+    if "lpips" in metric.get("pixels", ()):
+        if nodes.perceptual is None:
+            raise ConfigError("metric.pixels: lpips wants the protocol's `perceptual`")
+        perceptual = build(nodes.perceptual).to(device)
+    return extractors, perceptual, geneval
+
+
+def _reads_more(pipe: Pipeline) -> bool:
+    """Whether captions alone do not say what the model reads."""
+    return any(read.is_needed and key != "caption" for key, read in pipe.inputs.items())
 
 
 def _open_data(pipe: Pipeline, split: str | None) -> Any:  # noqa: ANN401 a data module
@@ -295,6 +280,7 @@ def _open_data(pipe: Pipeline, split: str | None) -> Any:  # noqa: ANN401 a data
     if not hasattr(data, "splits"):
         raise ConfigError("split: this run's data has no splits; use a protocol with split: null")
     data.prepare_data()
+    data.accompany(pipe.inputs)
     if split not in data.splits:
         raise ConfigError(f"split: the run's data has no {split!r}; it has {', '.join(data.splits)}")
     return data

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdtrain.errors import ConfigError
@@ -41,7 +42,7 @@ class Clip(nn.Module):
 
         try:
             self.network = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"clip.weights: {folder} cannot be read: {str(error).splitlines()[0]}") from error
         self.folder, self.side = folder, self.network.config.vision_config.image_size
         self.num_features = self.network.config.projection_dim
@@ -62,10 +63,15 @@ class Clip(nn.Module):
     @torch.no_grad()
     def score(self, pooled: Tensor, captions: Sequence[str]) -> Tensor:
         """100 max(cos, 0) of each picture's features with its caption's, (B,) (Hessel et al. 2021, with w = 100)."""
-        ids = self._tokenize(captions).to(pooled.device)
+        return 100 * (self.texts(captions) * pooled).sum(dim=1).clamp(min=0)
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """(B, F) of unit length, of captions."""
+        ids = self._tokenize(captions).to(self.mean.device)
         network = self.network
         text = network.text_model(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).pooler_output
-        return 100 * (_unit(network.text_projection(text)) * pooled).sum(dim=1).clamp(min=0)
+        return _unit(network.text_projection(text))
 
     def _tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         from transformers import AutoTokenizer

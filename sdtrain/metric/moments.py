@@ -39,8 +39,8 @@ class Moments(NamedTuple):
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     @classmethod
-    def load(cls, path: Path, extractor: str) -> tuple[Moments, str]:
-        """Moments that `save` wrote, and the file's sha256.
+    def load(cls, path: Path, extractor: str, where: str = "--reference") -> tuple[Moments, str]:
+        """Moments that `save` wrote, and the file's sha256. `where` is what named the file.
 
         Raises:
             ConfigError: for a file that is none, or whose features another network made.
@@ -52,9 +52,9 @@ class Moments(NamedTuple):
                 tensors = {name: file.get_tensor(name) for name in ("mean", "covariance", "kept")}
                 num_images = int(meta["num_images"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ConfigError(f"--reference: {path} holds no stored moments: {error}") from error
+            raise ConfigError(f"{where}: {path} holds no stored moments: {error}") from error
         if meta.get("extractor") != extractor:
-            raise ConfigError(f"--reference: {path} was made with features {meta.get('extractor')}, not {extractor}")
+            raise ConfigError(f"{where}: {path} was made with features {meta.get('extractor')}, not {extractor}")
         return cls(num_images, **tensors), digest
 
 

@@ -76,6 +76,18 @@ class AutoencoderStage(Stage):
         with self.precision():
             return self.first_stage.decode(self.first_stage.encode(image).mean).float().clamp(-1, 1)
 
+    def histograms(self, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """The posterior of the first held-out pictures, by the weights that are trained; all of it by the first rank,
+        as every rank encodes the same ones.
+        """
+        data = self.trainer.datamodule
+        num = min(images_at_once(_BATCH, data.image_size), data.splits["val"])
+        mean, std = self.first_stage.encode(data.load("val", range(num))["image"].to(self.device))
+        found = {"posterior_mean": mean}
+        if bool(std.any()):  # codes have none
+            found["posterior_log_variance"] = 2 * std.float().log()
+        return found if self.trainer.is_global_zero else {name: values[:0] for name, values in found.items()}
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out pictures, the same ones each time."""

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from sdtrain.contracts import Batch, Conditioning, Context, Preview
 from sdtrain.layer.frozen import Frozen
+from sdtrain.metric.memorisation import NUM_TRAINING, PART
 from sdtrain.ops.random import Draw
 from sdtrain.stage.autoencoder import to_uint8
 from sdtrain.stage.base import Stage, images_at_once
+from sdtrain.stage.comparison import compare, real_pictures
 from sdtrain.stage.generation import Generation, for_conditioner
 
 _BATCH = 128
@@ -33,7 +35,7 @@ class DiffusionStage(Stage):
         sampler: draws previews and the pictures that metrics read.
         first_stage: frozen, already whitened by its manifest.
         decoded: an optional loss on the decoded prediction of x0.
-        metric: parts by name: caption_match, memorisation.
+        metric: parts by name: caption_match, memorisation, distribution.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class DiffusionStage(Stage):
         self.objective, self.sampler, self.metric = objective, sampler, metric
         self.frozen = Frozen(first_stage)
         self.decoded = None if decoded is None else Frozen(decoded)
+        self._compared: dict[str, float] = {}  # the last figures of drawn pictures
 
     @property
     def first_stage(self) -> nn.Module:
@@ -91,6 +94,11 @@ class DiffusionStage(Stage):
         self.note_at("loss_at", out["loss"], out["t"])
         return {"loss": loss}
 
+    def histograms(self, batch: Batch) -> dict[str, Tensor]:
+        """The times that were drawn for a batch, and its whitened latents."""
+        draw = self.draw(batch)
+        return {"timestep": self.objective.timestep(draw, self.objective.path), "latent": self.latents(batch, draw)}
+
     def evaluate(self) -> dict[str, float]:
         """On held-out samples with fixed times and noise: the loss, which rises where the model begins to overfit, and
         the error of x0.
@@ -104,6 +112,16 @@ class DiffusionStage(Stage):
     def evaluate_raw(self) -> dict[str, float]:
         """The same errors of x0 by another name, for the weights that are trained where an average is evaluated."""
         return self._validate("val_raw", with_loss=False)
+
+    def compare(self) -> dict[str, float]:
+        """Figures of drawn pictures beside held-out ones, where they are asked for: `val/fid`."""
+        distribution = self.metric.get("distribution")
+        if distribution is not None:
+            place = self.trainer.global_rank, self.trainer.world_size
+            device = self.device if self.device.type == "cuda" else "cpu"  # others have no float64
+            found = compare(distribution, self.trainer.datamodule, self.generate, device, *place)
+            self._compared = {f"val/{name}": value for name, value in found.items()}
+        return self._compared
 
     @torch.no_grad()
     def _validate(self, prefix: str, with_loss: bool) -> dict[str, float]:
@@ -163,7 +181,8 @@ class DiffusionStage(Stage):
 
     def finish(self) -> dict[str, Any]:
         """The summary of the stage: losses, and what the pictures show where the data says what they should."""
-        figures: dict[str, Any] = {name.removeprefix("val/"): value for name, value in self.evaluate().items()}
+        measured = self.evaluate() | (self._compared or self.compare())
+        figures: dict[str, Any] = {name.removeprefix("val/"): value for name, value in measured.items()}
         groups = self._groups()
         if groups:
             figures["caption_match"] = self.metric["caption_match"].report(groups)
@@ -204,7 +223,6 @@ class DiffusionStage(Stage):
             samples = np.concatenate([group["samples"] for group in groups.values()])
         else:
             samples = self.generate(batch, self.context.seed)
-        num = min(data.splits["train"], 50_000)
-        loaded = (data.load("train", range(i, min(i + 1024, num)), as_images=True) for i in range(0, num, 1024))
-        training = np.concatenate([to_uint8(batch["image"]) for batch in loaded])
-        return self.metric["memorisation"](samples, held_out, training)
+        num, rank, world = min(data.splits["train"], NUM_TRAINING), self.trainer.global_rank, self.trainer.world_size
+        parts = (range(i, min(i + PART, num)) for i in range(rank * PART, num, world * PART))
+        return self.metric["memorisation"](samples, held_out, (real_pictures(data, "train", part) for part in parts))

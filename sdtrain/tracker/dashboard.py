@@ -111,6 +111,7 @@ SECTIONS: dict[str, Section] = {
         Curves("Learning rate", pattern="lr(/.*)?$"),
         Curves("Decay of the averaged weights", ("ema_decay",)),
         Curves("Timesteps and latents", ("histogram/timestep", "histogram/latent")),
+        Curves("Posterior of stage 1", ("histogram/posterior_mean", "histogram/posterior_log_variance")),
     ),
 }
 

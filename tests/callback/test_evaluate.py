@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback
 
 from sdtrain.callback.evaluate import Evaluate
+from sdtrain.callback.log import Log
 
 
 class Averaged(Callback):
@@ -27,6 +28,14 @@ def test_the_trained_weights_are_measured_too_where_others_are_evaluated(tiny_fi
     (row,) = tiny_fit([Averaged(), evaluate], max_steps=2).context.tracker.rows
     assert (row["val/psnr"], row["val_raw/psnr"]) == (22.0, 12.0)
     assert evaluate.last_figures == {"val/psnr": 22.0, "val_raw/psnr": 12.0}
+
+
+def test_figures_of_drawn_pictures_are_of_the_average_too_and_cost_as_the_others(tiny_fit):
+    evaluate, log = Evaluate(every_steps=2), Log(every_steps=2)
+    rows = tiny_fit([evaluate, log], max_steps=2, compared={"val/fid": 50.0}).context.tracker.rows
+    assert [row["val/fid"] for row in rows if "val/fid" in row] == [50.0]
+    assert evaluate.last_figures == {"val/psnr": 22.0, "val/fid": 50.0}
+    assert log.summary()["looking"]["seconds"].keys() == {"validation"}
 
 
 def test_once_where_the_last_step_is_also_an_interval(tiny_fit):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from sdtrain.callback.gradient import Gradient, block_norms, block_of
 from sdtrain.errors import ConfigError
@@ -46,16 +47,14 @@ def test_in_a_run_the_blocks_make_up_the_norm_that_is_clipped(finished):
         }
 
 
-def test_only_at_its_interval_and_the_last_step_and_not_where_gradients_are_in_pieces(capsys):
-    class Plain:
-        pass
+def test_only_at_its_interval_and_the_last_step_and_not_where_gradients_are_in_pieces(capsys, monkeypatch):
+    from sdtrain.strategy.deepspeed import DeepSpeed
 
-    class DeepSpeed:
-        pass
-
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     layer = torch.nn.Linear(2, 1)
     layer(torch.ones(2)).sum().backward()
-    for strategy, wanted in ((Plain(), [3, 6, 7]), (DeepSpeed(), [])):
+    pieces = DeepSpeed(zero_stage=2, accelerator="cpu")
+    for strategy, wanted in ((DDPStrategy(), [3, 6, 7]), (pieces, [])):
         noted = []
         trainer = SimpleNamespace(strategy=strategy, max_steps=7, is_global_zero=True, global_step=0)
         stage = SimpleNamespace(
@@ -70,7 +69,7 @@ def test_only_at_its_interval_and_the_last_step_and_not_where_gradients_are_in_p
             callback.on_before_optimizer_step(trainer, stage, None)
         assert noted == [(step, "grad_norm/model/conv") for step in wanted]
     said = capsys.readouterr().out
-    assert said == "diffusion: no gradient norms by block, DeepSpeed keeps gradients in pieces\n"
+    assert said == "diffusion: no gradient norms by block, this strategy keeps gradients in pieces\n"
 
 
 def test_an_interval_of_nothing_is_refused():

@@ -1,6 +1,7 @@
 """CLIP from a local folder: what transformers itself computes, of unit length."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def test_features_and_scores_are_transformers(folder):
     text = whole.text_embeds
     assert torch.allclose(clip.score(text, captions), torch.full((2,), 100.0), atol=1e-3)
     assert clip.score(-text, captions).tolist() == [0, 0]
+    torch.testing.assert_close(clip.texts(captions), text)
 
 
 def test_larger_pictures_are_resized_and_long_captions_cut(folder):
@@ -61,3 +63,10 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_text("x")
     with pytest.raises(ConfigError, match="cannot be read"):
         Clip(str(tmp_path))
+
+
+def test_a_damaged_file_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Clip(str(tmp_path / "clip"))

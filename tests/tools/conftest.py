@@ -41,3 +41,29 @@ def save_clip(tmp_path):
         return tmp_path / name
 
     return save
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory):
+    """Folders of a small CLIP and a small Mask2Former with random weights, as transformers saves them."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, SwinConfig
+
+    from sdtrain.conditioner.tokenizer import LEARNED_IDS, train_tokenizer
+    from sdtrain.metric.detector import _network_class
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("judges")
+    tokenizer = train_tokenizer(["a photo of a red bus", "two dogs"] * 9, 300)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 12, **LEARNED_IDS}
+    config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    stages = {"depths": [1] * 4, "num_heads": [1, 1, 2, 2], "out_features": [f"stage{i}" for i in range(1, 5)]}
+    swin = SwinConfig(image_size=32, patch_size=4, embed_dim=8, window_size=4, **stages)
+    width = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32}
+    width |= {"encoder_feedforward_dim": 16, "dim_feedforward": 16, "encoder_layers": 1, "decoder_layers": 2}
+    config = Mask2FormerConfig(backbone_config=swin, **width, num_attention_heads=2, num_queries=5, num_labels=80)
+    _network_class()(config).save_pretrained(folder / "detector")
+    return folder

@@ -146,6 +146,9 @@ def test_what_an_experiment_wants_and_has_not(lines, tmp_path):
     assert found["data.shards"]["status"] == found["first_stage.weights"]["status"] == "fail"
     assert "hf download openai/clip-vit-large-patch14" in found["conditioner.pretrained"]["advice"]
     assert found["config"]["status"] == "pass"
+    _, found = lines("+experiment=smoke", "metric@diffusion.metric=diffusion_fid")
+    advice = found["diffusion.metric.distribution.extractor.weights"]["advice"]
+    assert advice.startswith("curl -L --create-dirs -o weights/pt_inception-2015-12-05-6726825d.pth https://github.com")
 
 
 def test_what_an_experiment_wants_and_has(lines, tmp_path):

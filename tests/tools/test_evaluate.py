@@ -91,6 +91,45 @@ def test_the_same_again_and_another_seed(tool, run):
     assert figure("--weights", "raw") != own
 
 
+def test_samples_are_looked_for_among_the_training_pictures(tool, run, monkeypatch):
+    import numpy as np
+
+    from sdtrain.interop.pipeline import Pipeline
+    from sdtrain.metric.memorisation import memorisation
+    from sdtrain.stage.comparison import real_pictures
+
+    common = (run, "--metric", "memorisation", "--num-images", 12, "--num-steps", 2)
+    code, printed, error = tool(*common)
+    assert code == 0, error
+    told, (result,) = read(printed)["protocol"], read(printed)["results"]
+    assert result["memorisation/sample"] > 1
+    about = told["memorisation"]
+    assert (about["num_samples"], about["num_held_out"], about["num_training"]) == (12, 16, 64)
+    complete = json.loads(max((run / "diffusion" / "checkpoints").glob("*/COMPLETE.json")).read_text())
+    assert about["training"] == complete["data_fingerprint"]
+    assert "random_features" not in told["networks"]
+
+    taken = []  # a model that draws its training pictures
+    monkeypatch.setattr(Pipeline, "draw", lambda *_: taken[:12])
+    from sdtrain.interop.evaluation import _open_data
+
+    data = _open_data(Pipeline.load(run), "val")
+    taken = real_pictures(data, "train", range(20, 32))
+    (copied,) = read(tool(*common)[1])["results"]
+    assert (copied["memorisation/sample"], copied["memorisation/ratio"], copied["memorisation/closer"]) == (0, 0, 1)
+    held_out, training = (real_pictures(data, split, range(num)) for split, num in (("val", 16), ("train", 64)))
+    wanted = memorisation(np.array(taken), held_out, [training[:40], training[40:]])
+    assert {name: copied[f"memorisation/{name}"] for name in wanted} == wanted
+
+    from sdtrain.interop import look, ranks
+
+    monkeypatch.setattr(look, "_NUM_COMPARED", 5)  # of many samples, so many are kept
+    few = look.Copies(data, {"split": "val", "batch": 4, "num_images": 12, "num_training": 64}, ranks.Ranks())
+    few.add(taken[:4], range(4), [])
+    few.add(taken[4:], range(4, 12), [])
+    assert list(few.samples) == list(range(5))
+
+
 def test_what_is_clamped_is_counted(run):
     from sdtrain.errors import RunError
     from sdtrain.interop.evaluation import Counting
@@ -152,6 +191,71 @@ def test_prompts_come_round(tool, run, tmp_path):
     assert read(printed)["results"][0]["num_pictures"] == 5
 
 
+PROMPTS = [
+    {"tag": "single_object", "prompt": "a photo of a bus", "include": [{"class": "bus", "count": 1}]},
+    {"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]},
+    {"tag": "single_object", "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]},
+]
+
+
+@pytest.fixture
+def geneval(judges, tmp_path):
+    """The arguments of GenEval's recipe with small networks, and its prompts in a file."""
+    values = yaml.safe_load((ROOT / "configs" / "evaluation" / "geneval.yaml").read_text())
+    values["extractors"]["clip"]["weights"] = str(judges / "clip")
+    values["detector"] |= {"weights": str(judges / "detector"), "side": 64}
+    (tmp_path / "geneval.yaml").write_text(yaml.safe_dump({**values, "batch": 4}))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    return "--protocol", tmp_path / "geneval.yaml", "--prompts", tmp_path / "prompts.jsonl", "--num-images", 7
+
+
+def test_geneval_by_tag_and_what_judged(tool, run, geneval, monkeypatch):
+    """Random networks find nothing, so what they find is said for them."""
+    from sdtrain.metric.detector import Detection, Detector
+    from sdtrain.metric.geneval import GenEval
+
+    code, printed, error = tool(run, *geneval)
+    assert code == 0, error
+    told, (result,) = read(printed)["protocol"], read(printed)["results"]
+    assert {"geneval/single_object", "geneval/colors", "geneval/overall", "clip/clip_score"} <= result.keys()
+    assert told["networks"]["detector"]["network"] == "mask2former"
+    assert told["networks"]["colours"]["sha256"] == told["networks"]["clip"]["sha256"]
+    assert told["prompts"]["num_prompts"] == 3
+
+    import numpy as np
+
+    bus = Detection("bus", 0.9, (8, 8, 40, 40), np.ones((64, 64), bool))
+    monkeypatch.setattr(Detector, "forward", lambda *_: [bus])
+    monkeypatch.setattr(GenEval, "colour", lambda *_: "red")
+    (found,) = read(tool(run, *geneval, "--metric", "geneval")[1])["results"]
+    assert found["geneval/colors"] == 1.0
+    assert found["geneval/single_object"] == 3 / 5  # places 0, 3, 6 of 0, 2, 3, 5, 6
+    assert found["geneval/overall"] == pytest.approx(0.8)
+    assert not any(name.startswith("clip/") for name in found)
+
+
+def test_geneval_says_what_it_lacks(tool, run, geneval, tmp_path):
+    plain, lame, wild = tmp_path / "plain.txt", tmp_path / "lame.jsonl", tmp_path / "wild.jsonl"
+    plain.write_text("a photo of a bus\n")
+    lame.write_text('{"tag": "colors"}\n')
+    wild.write_text(json.dumps({**PROMPTS[0], "include": [{"class": "unicorn", "count": 1}]}))
+    (tmp_path / "broken.jsonl").write_text("{")
+    protocol, official = geneval[:2], ("--protocol", "geneval", "--metric", "geneval")
+    for arguments, expected in [
+        ((*protocol, "--metric", "geneval"), "geneval wants --prompts FILE.jsonl, a JSON object a line"),
+        ((*protocol, "--prompts", plain), "prompt 1 cannot be judged"),
+        ((*protocol, "--prompts", lame), "object 1 has no `prompt`"),
+        ((*protocol, "--prompts", wild), "prompt 1: the detector knows no 'unicorn'"),
+        ((*protocol, "--prompts", tmp_path / "broken.jsonl"), "broken.jsonl cannot be read"),
+        ((*official, *geneval[2:]), "config.json; it wants a folder of"),
+    ]:
+        code, printed, error = tool(run, *arguments)
+        assert (code, printed) == (2, ""), arguments
+        assert expected in error, error
+    code, printed, error = tool(run, *protocol, "--prompts", plain, "--metric", "clip_score", "--num-images", 2)
+    assert code == 0, error  # which needs no detector
+
+
 def test_mistakes_end_with_2_and_one_line(tool, run, protocol, tmp_path):
     for arguments, expected in [
         ((tmp_path,), "is no run: there is no"),
@@ -177,6 +281,10 @@ def test_mistakes_end_with_2_and_one_line(tool, run, protocol, tmp_path):
         ({"metric": {"other": ["fd"]}}, "no such extractor"),
         ({"planted": 1}, "must have exactly the keys"),
         ({"source": "dreams"}, "neither samples nor reconstructions"),
+        ({"source": "reconstructions"}, "only memorisation, and only of source: samples"),
+        ({"metric": {"training": ["copies"]}}, "only memorisation, and only"),
+        ({"split": "train"}, "memorisation wants a held-out split; give --split val"),
+        ({"num_training": 0}, "num_training: 0 must be at least 1"),
         ({"source": "reconstructions", "metric": {"pixels": ["ms_ssim"]}}, "161 pixels a side"),
     ]:
         code, printed, error = tool(run, "--protocol", protocol(**changes))
@@ -187,7 +295,11 @@ def test_mistakes_end_with_2_and_one_line(tool, run, protocol, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tool, run, protocol):
-    file = protocol(batch=4, num_images=11, num_kept=12, guidance=[3.0])
+    network = {"_target_": "sdtrain.metric.random_features.RandomFeatures"}
+    extractors = {name: {**network, "num_features": 8 * n} for n, name in enumerate("abcd", 1)}
+    metric = {**{name: ["fd", "kid"] for name in extractors}, "training": ["memorisation"]}
+    changes = {"extractors": extractors, "metric": metric, "num_training": 50}
+    file = protocol(batch=4, num_images=11, num_kept=12, guidance=[3.0], **changes)
     _, alone, error = tool(run, "--protocol", file)
     command = [sys.executable, str(TOOL), str(run), "--protocol", str(file), "--devices", "2"]
     done = subprocess.run(
@@ -196,3 +308,4 @@ def test_two_processes_measure_what_one_does(tool, run, protocol):
     assert done.returncode == 0, done.stderr
     one, two = read(alone)["results"][0], read(done.stdout)["results"][0]
     assert two == pytest.approx(one, rel=1e-5, nan_ok=True)
+    assert one["memorisation/sample"] > 0
