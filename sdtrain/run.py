@@ -41,11 +41,12 @@ def run(cfg: DictConfig) -> int:
     session = Session(cfg)
     stages = {"autoencoder": run_autoencoder, "diffusion": run_diffusion}
     with session.recorded():
-        if "diffusion" in cfg.stages:
+        steps = {name: session.summary().get(name, {}).get("steps", -1) for name in cfg.stages}
+        done = [name for name in steps if steps[name] >= cfg[name].trainer.max_steps and cfg.resume != "never"]
+        if "diffusion" in cfg.stages and "diffusion" not in done:
             build_all(cfg.diffusion.metric)  # a file that is not there is told now, not after stage 1
         for name in cfg.stages:
-            done = session.summary().get(name, {}).get("steps", -1) >= cfg[name].trainer.max_steps
-            if done and cfg.resume != "never":
+            if name in done:
                 print(f"{name}: finished before, not repeated", flush=True)
             else:
                 with session.told_of_memory(name):

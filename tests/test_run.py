@@ -451,6 +451,11 @@ def test_a_file_that_stage_2_lacks_is_told_before_stage_1(train, tmp_path):
     assert not (tmp_path / "run" / "autoencoder").exists()
 
 
+def test_a_finished_run_wants_no_file(train, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    train(run, "metric@diffusion.metric=diffusion_fid", blind=False)
+
+
 @pytest.mark.parametrize("name", ["memorisation", "distribution"])
 def test_latents_without_pictures_refuse_what_looks_at_pictures(name, monkeypatch):
     monkeypatch.setattr("sdtrain.run.use_stored_text", lambda *_: None)

@@ -114,10 +114,10 @@ def read_samples(
                 raise BadSample("no_such_file")
             data = path.read_bytes()
             text = clean_caption(caption)
-            decode_image(data, CHECK_SIZE, CHECK_SIZE)
+            size = decode_image(data, CHECK_SIZE, CHECK_SIZE).original_size
             if path.suffix.lower() not in IMAGES:
                 raise BadSample("not_an_image")
-            companions = dict(_read_companions(path))
+            companions = dict(_read_companions(path, size))
         except BadSample as bad:
             skipped[bad.reason] += 1
             continue
@@ -126,15 +126,16 @@ def read_samples(
         yield {"__key__": key, path.suffix[1:].lower(): data, **companions, "txt": caption}
 
 
-def _read_companions(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Members by suffix, such as mask.png."""
+def _read_companions(path: Path, size: tuple[int, int]) -> Iterator[tuple[str, bytes]]:
+    """Members by suffix, such as mask.png; of a picture of this size."""
     for name in COMPANIONS:
-        for suffix in IMAGE_SUFFIXES:
-            if (file := path.with_suffix(f".{name}.{suffix}")).is_file():
-                data = file.read_bytes()
-                decode_image(data, CHECK_SIZE, CHECK_SIZE)
-                yield f"{name}.{suffix}", data
-                break
+        written = (f".{name}.{suffix}" for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)))
+        file = next((file for file in map(path.with_suffix, written) if file.is_file()), None)
+        if file is not None:
+            data = file.read_bytes()
+            if decode_image(data, CHECK_SIZE, CHECK_SIZE).original_size != size:
+                raise BadSample("other_size")
+            yield f"{name}{file.suffix.lower()}", data
 
 
 def _key(path: Path, folder: Path, taken: set[str]) -> str:

@@ -62,7 +62,8 @@ class Histogram(EverySteps):
 
 
 def _bins(trainer: Trainer, values: Tensor) -> tuple[float, float, int]:
-    extent = values.detach().float().abs().max() if values.numel() else torch.zeros((), device=values.device)
+    finite = values.detach().float().nan_to_num(0.0, 0.0, 0.0)  # what is not is the guard's, a step later
+    extent = finite.abs().max() if values.numel() else torch.zeros((), device=values.device)
     if trainer.world_size > 1:
         extent = trainer.strategy.reduce(extent, reduce_op="max")
     reach = 2.0 ** math.ceil(math.log2(max(float(extent), 2.0**-20)))

@@ -108,6 +108,7 @@ class SequentialDataModule(L.LightningDataModule):
         self.setup()
         for lanes in self._lanes.values():
             lanes.companions = tuple(name for name in COMPANIONS if name in names)
+        self._held.clear()  # samples that were read without them
 
     @property
     def fingerprint(self) -> str:

@@ -73,15 +73,14 @@ def pictured(samples: Sequence[Pictures]) -> Batch:
     """What a batch says of its pictures, which are all of one size. A mask that is not there is NO_MASK everywhere."""
     pictures = [sample.image for sample in samples]
     image = to_float(np.stack([picture.pixels for picture in pictures]))
-    return (
-        _accompanied(samples, tuple(image.shape[2:]))
-        | {
-            "image": image,
-            "original_size": torch.tensor([picture.original_size for picture in pictures]),  # (B, 2)
-            "crop_top_left": torch.tensor([picture.crop_top_left for picture in pictures]),  # (B, 2)
-            "target_size": torch.tensor([image.shape[2:]] * len(pictures)),  # (B, 2)
-        }
-    )
+    found = _accompanied(samples, tuple(image.shape[2:]))
+    found |= {
+        "image": image,
+        "original_size": torch.tensor([picture.original_size for picture in pictures]),  # (B, 2)
+        "crop_top_left": torch.tensor([picture.crop_top_left for picture in pictures]),  # (B, 2)
+        "target_size": torch.tensor([image.shape[2:]] * len(pictures)),  # (B, 2)
+    }
+    return found
 
 
 def to_float(pixels: np.ndarray) -> Tensor:

@@ -69,6 +69,7 @@ class Evaluation:
     extractors: dict[str, Any]
     perceptual: nn.Module | None
     geneval: GenEval | None
+    draws_split: bool = False  # samples are of its captions, and of all else that the model reads of it
     reference: dict[str, Moments] = field(default_factory=dict)
     reference_told: dict[str, Any] = field(default_factory=dict)
 
@@ -89,7 +90,8 @@ class Evaluation:
         meta = json.loads((found / MANIFEST).read_text())
         checkpoint = {"checkpoint": found.name, "step": meta["step"], "files": meta["files"]}
         data = _open_data(pipe, protocol["split"])
-        return cls(pipe, data, protocol, prompts, ranks, checkpoint, *networks)
+        draws_split = prompts is None and protocol["split"] is not None
+        return cls(pipe, data, protocol, prompts, ranks, checkpoint, *networks, draws_split=draws_split)
 
     def refer(self, stored: Path | None, write_to: Path | None) -> None:
         """The reference's moments: stored ones, or those of the split's pictures, as the run's reader crops them."""
@@ -205,7 +207,7 @@ class Evaluation:
         self, pipe: Pipeline, captions: list[str], places: list[int], guidance: float | None, number: int
     ) -> np.ndarray:
         batch: Batch = {"caption": captions}
-        if _reads_more(pipe):
+        if self.draws_split and pipe.inputs.keys() - {"caption"}:
             num = self.data.splits[self.protocol["split"]]
             batch = self.data.load(self.protocol["split"], [i % num for i in places], as_images=True)
         seed = self.protocol["seed"] + number * SEED_STRIDE

@@ -168,7 +168,7 @@ class Autoencoding(nn.Module):
             rec, adv = (all_reduce(self._sums[name]).norm() for name in ("reconstruction", "adversarial"))
             weight = (rec / (adv + 1e-4 * rec + 1e-12)).clamp(0.0, 1e4)
             # A step that is not finite may be skipped, and must not leave its mark here.
-            self.adaptive_weight.copy_(torch.where(weight.isfinite(), weight, self.adaptive_weight))
+            self.adaptive_weight.copy_(torch.where(weight.isfinite() & adv.isfinite(), weight, self.adaptive_weight))
         self._sums.clear()
         return took_part
 

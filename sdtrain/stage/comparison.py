@@ -37,8 +37,8 @@ def compare(
 ) -> dict[str, float]:
     """The figures of pictures that `generate` (batch, seed) draws with the held-out captions. All ranks together.
 
-    Ranks draw as often as each other, since sharded weights are gathered by all together; what is too much does not
-    count.
+    Ranks draw as often and as many as each other, since sharded weights are gathered by all together; what is too much
+    does not count.
     """
     num_held_out = data.splits["val"]
     if distribution.real is None:
@@ -49,8 +49,9 @@ def compare(
         distribution.real = seen.reduce()
     seen = distribution.see(device)
     for number, places in shares(distribution.num_images, distribution.batch, rank, world_size):
-        batch = data.load("val", [place % num_held_out for place in places or [0]], as_images=True)
-        pictures = generate(batch, distribution.seed + number * SEED_STRIDE)
+        filled = [*places, *[0] * (distribution.batch - len(places))]
+        batch = data.load("val", [place % num_held_out for place in filled], as_images=True)
+        pictures = generate(batch, distribution.seed + number * SEED_STRIDE)[: len(places)]
         if places:
             seen.add(pictures, places)
     return distribution.figures(seen.reduce())

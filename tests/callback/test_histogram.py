@@ -56,6 +56,7 @@ def test_what_has_no_bounds_is_counted_as_far_as_a_power_of_two():
     assert np.flatnonzero(found["counts"]).tolist() == [16, 31, 36, 56]
     assert shown(torch.zeros(3))[0]["high"] == 2.0**-20
     assert shown(None) == []
+    assert shown(torch.tensor([torch.nan, torch.inf, 1.0]))[0]["high"] == 1.0  # the guard ends the run, not this
 
 
 def test_ranks_agree_on_the_bounds_and_one_writes_the_sum():

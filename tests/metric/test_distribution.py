@@ -64,15 +64,16 @@ def test_a_stage_s_figure_is_of_the_drawn_beside_the_held_out():
     fake = np.concatenate([drawn({"caption": "x" * n}, 5 + c * SEED_STRIDE) for c, n in enumerate((4, 4, 2))])
     assert found.keys() == {"fd", "precision", "recall"}
     assert found["fd"] == pytest.approx(fid(moments(to_uint8(data.images)), moments(fake)), rel=1e-4)
-    assert data.asked == [[0, 1, 2, 3], [4, 5, 6], [0, 1, 2, 3], [4, 5, 6, 0], [1, 2]]
+    assert data.asked == [[0, 1, 2, 3], [4, 5, 6], [0, 1, 2, 3], [4, 5, 6, 0], [1, 2, 0, 0]]
     data.asked.clear()
     assert compare(distribution, data, drawn, "cpu", 0, 1) == found
-    assert data.asked == [[0, 1, 2, 3], [4, 5, 6, 0], [1, 2]]  # the real ones are known
+    assert data.asked == [[0, 1, 2, 3], [4, 5, 6, 0], [1, 2, 0, 0]]  # the real ones are known
 
 
 def test_a_rank_without_a_share_draws_with_the_others_and_does_not_count(monkeypatch):
     from sdtrain.stage import comparison
 
+    """Guard: the batch that is filled up: ranks that draw fewer run their network less often, and ZeRO-3 waits."""
     data, seeds = Data(), []
     distribution = Distribution(RandomFeatures(num_features=8), ["fd"], num_images=5, batch=4)
     distribution.real = "known"
@@ -82,6 +83,7 @@ def test_a_rank_without_a_share_draws_with_the_others_and_does_not_count(monkeyp
         found = comparison.compare(distribution, data, lambda b, s: seeds.append(s) or drawn(b, s), "cpu", rank, 3)
         assert found == {"fd": num}
     assert seeds == [0, SEED_STRIDE, 2 * SEED_STRIDE]
+    assert [len(places) for places in data.asked] == [4, 4, 4]
 
 
 class Counted:

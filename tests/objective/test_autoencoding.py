@@ -200,6 +200,15 @@ def test_without_adversarial_steps_the_weight_stays(autoencoder, objective):
     assert float(objective.adaptive_weight) == 3.0
 
 
+@pytest.mark.parametrize("factors", [(1, torch.inf), (torch.inf, 1), (torch.nan, 1), (1, torch.nan)])
+def test_a_step_that_is_not_finite_leaves_the_weight_as_it_is(autoencoder, objective, factors):
+    objective.adaptive_weight.fill_(3.0)
+    objective.loss(autoencoder, IMAGE, DRAW, START)["loss"].backward()
+    each = iter(factors)
+    objective.update_adaptive_weight(lambda x: x * next(each))
+    assert float(objective.adaptive_weight) == 3.0
+
+
 def test_steps_do_not_add_up(autoencoder, objective):
     objective.loss(autoencoder, IMAGE * 0.1, DRAW, START)["loss"].backward()
     objective.update_adaptive_weight(lambda x: x)

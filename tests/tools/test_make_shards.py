@@ -68,6 +68,17 @@ def test_masks_and_sources_go_with_their_picture(tool, folder, tmp_path):
     assert (batch["source"] + 1).mean() * 127.5 == pytest.approx(90, abs=1)
 
 
+def test_a_mask_of_another_size_is_told_and_capitals_are_read(tool, folder, tmp_path):
+    for name, size in (("a.PNG", (20, 20)), ("a.mask.PNG", (20, 20)), ("b.png", (20, 20)), ("b.mask.png", (24, 20))):
+        picture(folder / name, 255, size)
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name)
+    code, out, _ = tool(folder, tmp_path / "out")
+    assert (code, "other_size" in out) == (0, True)
+    index = build_index(find_shards(tmp_path / "out"))
+    assert (index.key.tolist(), index.has("mask")) == ([b"a"], True)
+
+
 def test_pictures_with_text_files(tool, folder, tmp_path):
     for number, name in enumerate(["a.png", "b.JPG", "sub/c.webp", "sub/caf\u00e9 1.v2.jpeg", "a b.png", "a_b.png"]):
         path = (
