@@ -106,7 +106,8 @@ def same_weights(bench: Bench) -> Iterator[Path]:
     """A file with weights that every contestant starts from."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        save_file(UNet(**bench.config).state_dict(), Path(folder) / "weights.safetensors")
+        state = {name: value.contiguous() for name, value in UNet(**bench.config).state_dict().items()}
+        save_file(state, Path(folder) / "weights.safetensors")
         yield Path(folder) / "weights.safetensors"
 
 
