@@ -27,10 +27,10 @@ def build(node: DictConfig, **extra: Any) -> Any:
         return functools.partial(made, **extra) if values.get("_partial_") else made(**extra)
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, TypeError | ValueError):
+        if isinstance(cause, TypeError | ValueError | LookupError | ArithmeticError):
             raise ConfigError(f"{path}: {cause}") from error
         raise cause or error from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -174,6 +175,8 @@ def check_overrides(overrides: list[str]) -> None:
         except HydraException as error:
             hint = f"""quote the value:  '{key}="{value}"'""" if value else "write key=value, +key=value or ~key"
             raise ConfigError(f"cannot read the argument {text!r}; {hint}") from error
+        if not parsed.key_or_group:
+            raise ConfigError(f"cannot read the argument {text!r}; write key=value, +key=value or ~key")
         last = parsed.key_or_group.rpartition(".")[2]
         if without_secrets({last: "value"})[last] == REDACTED:
             raise ConfigError(
@@ -254,7 +257,10 @@ def _explain_unknown(key: str, overrides: list[str]) -> str:
     siblings = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent}
     if near := nearest(last, siblings):
         return f"unknown key '{key}'{near.replace(chr(39), chr(39) + parent + '.', 1) if parent else near}"
-    same = sorted((k for k in known if k.rpartition(".")[2] == last), key=lambda k: (k.count("."), k))[:3]
+    same = [k for k in known if k.rpartition(".")[2] == last]
+    if parent:  # what lies on the way was mistyped
+        same.sort(key=lambda k: (-difflib.SequenceMatcher(None, k, key).ratio(), k))
+    same = same[:1] if parent else sorted(same, key=lambda k: (k.count("."), k))[:3]
     return f"unknown key '{key}'" + (f"; did you mean {' or '.join(same)}?" if same else nearest(key, known))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -110,6 +112,26 @@ def check_continuation(directory: Path, cfg: DictConfig) -> list[str]:
             "\n  choose another output_dir, or undo the difference"
         )
     return [f"{difference} differs from the run before" for difference in found.warned]
+
+
+def begin_anew(directory: Path, stages: Sequence[str]) -> list[str]:
+    """Puts aside what these stages left here; else a run that dies before its first checkpoint would go on from the
+    one before it, and a stage that was done once would count as done. Returns a line for each.
+    """
+    names = [*(["recognition"] if "autoencoder" in stages else []), *stages]
+    file, told = directory / "summary.json", []
+    if file.exists():
+        part = file.with_suffix(".tmp")
+        part.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in names}, indent=2))
+        part.replace(file)
+    for name in names:
+        if (directory / name).exists():
+            kept = directory / "old" / name
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(exist_ok=True)
+            (directory / name).rename(kept)
+            told.append(f"{name}: begins anew; what was here is in {kept} until the next time")
+    return told
 
 
 def check_submitted(directory: Path, cfg: DictConfig, digest: str) -> None:

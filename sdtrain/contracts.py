@@ -22,9 +22,11 @@ class Batch(TypedDict, total=False):
     image: Tensor  # (B, 3, H, W) float32 in [-1, 1]; absent where `latent` stands
     latent: Tensor  # (B, 2, C, h, w) float16: posterior mean and standard deviation, unscaled
     caption: list[str]  # "" is the unconditional caption
-    text_states: Tensor  # (B, L, D) float16: what a frozen text encoder made of the captions, where that was stored
-    text_mask: Tensor  # (B, L) bool, which of them are no padding
-    text_pooled: Tensor  # (B, D) float16
+    negative: list[str]  # in drawing: what a text's null condition says instead of nothing
+    # Of each frozen text encoder whose output is stored, under its NAME (`stage/latents.py`):
+    # text_states/NAME: (B, L, D) float16, what it made of the captions
+    # text_mask/NAME: (B, L) bool, which of them are no padding
+    # text_pooled/NAME: (B, D) float16, where it has one
     key: list[str]  # "shard/key", for people
     attributes: list[dict[str, Any] | None]  # the sample's .json member
     sample_id: Tensor  # (B,) int64, the sample's stable number in the index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ RESUMES = ("auto", "must", "never")
 # Keys of parts that name what must be there before a run. The perceptual loss says itself which files it wants.
 SOURCES = {"data.shards", "data.val", "first_stage.weights", "model.weights"}
 LEAST_FREE_BYTES = 64 * 2**20
+MOST_SEED = 2**32 - 1  # numpy takes no larger one
 SHARDING, SHARDED = "sdtrain.strategy.deepspeed.DeepSpeed", "sdtrain.optim.adamw.AdamW"
 
 
@@ -31,6 +33,7 @@ def check(cfg: DictConfig) -> None:
     check_interpolations(cfg)
     check_fields(cfg)
     resolved = OmegaConf.to_container(cfg, resolve=True)
+    check_finite(resolved)
     check_run(resolved)
     check_slots(OmegaConf.get_type(cfg), resolved)
     for path in (*STAGES, "autoencoder.recognition"):
@@ -39,6 +42,7 @@ def check(cfg: DictConfig) -> None:
             check_trainer(resolved, path, OmegaConf.to_container(section, resolve=True))
             check_sharding(resolved, path, OmegaConf.to_container(section, resolve=True))
     check_objectives(resolved)
+    check_num_steps(resolved["objective"])
     for path, node in parts(resolved):
         check_node(path, node)
         check_sources(path, node, Path(resolved["output_dir"]))
@@ -57,6 +61,13 @@ def check_interpolations(cfg: DictConfig) -> None:
             _ = OmegaConf.select(cfg, path) if "${" in str(raw) else None
         except OmegaConfBaseException as error:
             raise ConfigError(f"{path}: '{raw}': {str(error).splitlines()[0]}") from error
+
+
+def check_finite(cfg: dict[str, Any]) -> None:
+    """Refuse nan and infinity, which every comparison lets through."""
+    for path, value in leaves(cfg):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}={value} is no number to train with")
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -97,8 +108,11 @@ def check_run(cfg: dict[str, Any]) -> None:
     for key in ("devices", "num_nodes"):
         if cfg[key] != "auto" and not (isinstance(cfg[key], int) and cfg[key] >= 1):
             raise ConfigError(f"{key}={cfg[key]} must be a whole number from 1 on, or auto")
-    if cfg["seed"] < 0:
-        raise ConfigError(f"seed={cfg['seed']} must be 0 or more")
+    for key in ("name", "output_dir"):
+        if not cfg[key].strip():
+            raise ConfigError(f"{key} is empty; write {key}=...")
+    if not 0 <= cfg["seed"] <= MOST_SEED:
+        raise ConfigError(f"seed={cfg['seed']} must be 0 or more, and at most {MOST_SEED}")
 
 
 def check_trainer(cfg: dict[str, Any], stage: str, section: dict[str, Any]) -> None:
@@ -107,6 +121,8 @@ def check_trainer(cfg: dict[str, Any], stage: str, section: dict[str, Any]) -> N
     for key in ("max_steps", "batch_size", "num_accumulate"):
         if trainer[key] < 1:
             raise ConfigError(f"{stage}.trainer.{key}={trainer[key]} must be at least 1")
+    if trainer["clip_norm"] is not None and trainer["clip_norm"] <= 0:
+        raise ConfigError(f"{stage}.trainer.clip_norm={trainer['clip_norm']} must be above 0; null clips nothing")
     job = (cfg["cluster"] or {}).get(stage.partition(".")[0]) or {}
     counts = [count for count in (cfg["devices"], job.get("num_nodes") or cfg["num_nodes"]) if isinstance(count, int)]
     portions = trainer["num_accumulate"]
@@ -199,6 +215,16 @@ def check_objectives(cfg: dict[str, Any]) -> None:
         if wanted not in methods or unwanted in methods:
             spelled = path if path == "objective" else f"objective@{path}"
             raise ConfigError(f"{path}: {node['_target_']} is not {what}; choose one with {spelled}=NAME")
+
+
+def check_num_steps(objective: dict[str, Any]) -> None:
+    """Discrete timesteps are drawn from as many as the path has."""
+    path, timestep = objective.get("path"), objective.get("timestep")
+    counts = [node.get("num_steps") if isinstance(node, dict) else None for node in (path, timestep)]
+    if None not in counts and counts[0] != counts[1]:
+        raise ConfigError(
+            f"objective.timestep.num_steps={counts[1]} and objective.path.num_steps={counts[0]} must be the same"
+        )
 
 
 def check_sources(path: str, node: dict[str, Any], directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -43,8 +44,7 @@ def run(cfg: DictConfig) -> int:
     with session.recorded():
         steps = {name: session.summary().get(name, {}).get("steps", -1) for name in cfg.stages}
         done = [name for name in steps if steps[name] >= cfg[name].trainer.max_steps and cfg.resume != "never"]
-        if "diffusion" in cfg.stages and "diffusion" not in done:
-            build_all(cfg.diffusion.metric)  # a file that is not there is told now, not after stage 1
+        build_once(cfg, [name for name in cfg.stages if name not in done])
         for name in cfg.stages:
             if name in done:
                 print(f"{name}: finished before, not repeated", flush=True)
@@ -212,6 +212,19 @@ def whiten_first_stage(session: Session, first_stage: torch.nn.Module, data: L.L
     return manifest.weight_hash
 
 
+def build_once(cfg: DictConfig, stages: list[str]) -> None:
+    """A value that a part refuses, and a file that is not there, are told now, not after stage 1."""
+    for section in (cfg[name] for name in stages):
+        build_all(section.callback)
+        build(section.optim)
+    if "diffusion" in stages:
+        build_all(cfg.diffusion.metric)
+        for node in (cfg.sampler, cfg.objective):
+            build(node)
+        with torch.device("meta"):
+            build(cfg.model)
+
+
 def build_all(section: DictConfig) -> dict[str, object]:
     """The parts of a section by name, those that are null left out."""
     return {name: build(node) for name, node in section.items() if node}
@@ -220,5 +233,5 @@ def build_all(section: DictConfig) -> dict[str, object]:
 def next_command(session: Session) -> str:
     """What to type after this."""
     if "diffusion" in session.cfg.stages:
-        return f"python tools/sample.py {session.cfg.output_dir} {example(session.cfg.conditioner)}"
-    return f"the same command with stages=[diffusion] output_dir={session.cfg.output_dir}"
+        return f"python tools/sample.py {shlex.quote(session.cfg.output_dir)} {example(session.cfg.conditioner)}"
+    return f"the same command with stages=[diffusion] {shlex.quote(f'output_dir={session.cfg.output_dir}')}"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning as L
 import torch
@@ -29,8 +29,16 @@ from sdtrain.callback.accounts import counted
 from sdtrain.callback.guard import Rollback
 from sdtrain.callback.log import Log
 from sdtrain.callback.mfu import MFU
+from sdtrain.checkpoint.claim import claim
 from sdtrain.checkpoint.commit import find_resume
-from sdtrain.continuation import check_continuation, code_version, config_hash, resolve_and_redact, write_config
+from sdtrain.continuation import (
+    begin_anew,
+    check_continuation,
+    code_version,
+    config_hash,
+    resolve_and_redact,
+    write_config,
+)
 from sdtrain.contracts import Context
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.ops.denormal import flush_denormals
@@ -59,7 +67,9 @@ class Session:
         self.is_first = self.rank == 0
         self.tracker: Any = NullTracker()
         self.fitting: L.Trainer | None = None
+        self._claim: TextIO | None = None
         check_slurm(cfg.devices, cfg.num_nodes)
+        code_version()  # of every rank, as it was imported
         keep_freed_memory()
         flush_denormals()
         changes = check_continuation(self.directory, cfg)
@@ -67,7 +77,10 @@ class Session:
             logging.getLogger(name).setLevel(logging.ERROR)
         if self.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._claim = claim(self.directory)
             ending.forget(self.directory)
+            for line in begin_anew(self.directory, cfg.stages) if cfg.resume == "never" else []:
+                print(line, flush=True)
             write_config(self.directory, cfg)
             rows = JsonlTracker(self.directory / "metrics.jsonl")
             self.tracker = Fanout(rows, [build(cfg.tracker)])
@@ -123,13 +136,14 @@ class Session:
             ConfigError: for a machine that is not there.
         """
         strategy = self.cfg.strategy if section.strategy is None else section.strategy
+        precision = section.precision or self.cfg.precision
         try:
             trainer = L.Trainer(
                 accelerator=self.cfg.accelerator,
                 devices=self.cfg.devices,
                 num_nodes=self.cfg.num_nodes,
                 strategy=build(strategy),
-                precision=section.precision or self.cfg.precision,
+                precision=precision,
                 max_steps=section.trainer.max_steps,
                 max_epochs=-1,
                 accumulate_grad_batches=section.trainer.num_accumulate,
@@ -149,6 +163,11 @@ class Session:
             raise ConfigError(
                 f"accelerator={self.cfg.accelerator} devices={self.cfg.devices}: {str(error).splitlines()[0]}"
             ) from error
+        if trainer.precision != precision:  # Lightning replaces 16-mixed on a CPU, and says so to nobody
+            raise ConfigError(
+                f"precision={precision} does not exist on this machine's {trainer.strategy.root_device.type};"
+                " write precision=bf16-mixed or precision=32-true"
+            )
         # Signals are callback/stop.py's. Lightning's own handlers run a collective inside the handler, and its loop
         # asks all ranks before every batch, and waits for the device, whether one of them was told to stop.
         trainer._signal_connector.register_signal_handlers = lambda: None
@@ -181,6 +200,8 @@ class Session:
                         print(f"{context.stage}: {rollback}", flush=True)
                     resume = "must"
                     self._connect(data, section)
+        if self.is_first and trainer.global_step > context.max_steps:
+            print(f"{context.stage}: is at step {trainer.global_step}, past max_steps={context.max_steps}", flush=True)
         stage.to(trainer.strategy.root_device).eval()
         trained = time.monotonic()
         with stage.averaged_weights():
@@ -235,9 +256,17 @@ class Session:
             self.tracker.finish(figures)
         barrier()
 
-    def recorded(self) -> AbstractContextManager[None]:
-        """DIR/exit.json says how the run ended, under any launcher; the first rank leaves last, with the code."""
-        return ending.recorded(self.directory, self.rank, lambda: self.tracker.finish({}))
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """DIR/exit.json says how the run ended, under any launcher; the first rank leaves last, with the code, and the
+        directory is another run's to train in.
+        """
+        try:
+            with ending.recorded(self.directory, self.rank, lambda: self.tracker.finish({})):
+                yield
+        finally:
+            if self._claim is not None:
+                self._claim.close()
 
     @contextmanager
     def told_of_memory(self, name: str) -> Iterator[None]:
@@ -272,7 +301,25 @@ class Session:
 def _choose(trainer: L.Trainer, directory: Path, resume: str, *_: Any, **__: Any) -> Path | None:
     """The checkpoint that a fit goes on from. Lightning asks once all ranks are there; one of them verifies it."""
     trainer.strategy.setup_environment()  # a moment early, and then again: from here on the ranks can talk
+    check_code(trainer.world_size)
     return find_resume(directory / "checkpoints", resume, trainer.global_rank, trainer.strategy.broadcast)
+
+
+def check_code(num_ranks: int) -> None:
+    """All ranks together.
+
+    Raises:
+        ConfigError: where they run different code, as when it is edited while they start; their weights would diverge.
+    """
+    if num_ranks > 1:
+        told: list[Any] = [None] * num_ranks
+        torch.distributed.all_gather_object(told, code_version()["source"])
+        other = [rank for rank, source in enumerate(told) if source != told[0]]
+        if other:
+            raise ConfigError(
+                f"rank {', '.join(map(str, other[:8]))} runs other code than rank 0, by the hash of the package's "
+                "source; install the same everywhere and leave it alone while a run starts, then start it again"
+            )
 
 
 class NoProfiler(PassThroughProfiler):

@@ -90,6 +90,8 @@ def check(cfg: DictConfig, directory: Path) -> None:
     for key in ("devices", "num_nodes"):
         if not isinstance(cfg[key], int):
             raise ConfigError(f"{key}={cfg[key]}: a job asks for a number; write {key}=8")
+    if cfg.resume == "never":
+        raise ConfigError("resume=never: a job that is requeued would begin anew; take a new output_dir instead")
     lead = lead_seconds(cfg.cluster)
     for stage in cfg.stages:
         minutes = cfg.cluster[stage].time_minutes or cfg.cluster.time_minutes
@@ -120,7 +122,7 @@ def render(runs: list[Run], stage: str, home: Path, config_directory: str | None
         "time_minutes": cluster[stage].time_minutes or cluster.time_minutes,
         "lead_seconds": lead_seconds(cluster),
         "log": home / f"{stage}-{'%A_%a' if len(runs) > 1 else '%j'}.log",
-        "working_directory": Path.cwd(),
+        "working_directory": shlex.quote(str(Path.cwd())),
         "options": "\n".join(f"#SBATCH {line}" for line in sbatch_lines(cfg, len(runs))),
         "run": run_lines(runs, stage, config_directory),
         "master_address": cluster.master_address or "$address",

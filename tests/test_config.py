@@ -43,6 +43,16 @@ WRONG = [
     ),
     (["seed=null"], "seed"),
     (["seed=-1"], "seed=-1 must be 0 or more"),
+    (["seed=4294967296"], "seed=4294967296 must be 0 or more, and at most 4294967295"),
+    (["name="], "name is empty; write name=..."),
+    (["output_dir="], "output_dir is empty; write output_dir=..."),
+    (["tracker.mode=onlin"], "tracker.mode must be one of auto, online, offline, disabled, not 'onlin'"),
+    (["diffusion.trainer.clip_norm=-1"], "diffusion.trainer.clip_norm=-1.0 must be above 0; null clips nothing"),
+    (["autoencoder.trainer.clip_norm=0"], "autoencoder.trainer.clip_norm=0.0 must be above 0; null clips nothing"),
+    (["diffusion.optim.lr=nan"], "diffusion.optim.lr=nan is no number to train with"),
+    (["sampler.guidance.scale=inf"], "sampler.guidance.scale=inf is no number to train with"),
+    (["diffusion.callback.logg.every_steps=5"], "did you mean diffusion.callback.log.every_steps?"),
+    (["=3"], "cannot read the argument '=3'; write key=value"),
     (["diffusion=abc"], "diffusion is a section"),
     (["model=null"], "model=null"),
     (["~model"], "model has no value"),
@@ -330,3 +340,8 @@ def test_secrets_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANTED_TOKEN", "sk-planted-123")
     cfg = load_config([SMOKE, "name='${oc.env:PLANTED_TOKEN}'"])
     assert "sk-planted-123" not in str(resolve_and_redact(cfg))
+
+
+def test_timesteps_are_those_of_the_path():
+    with pytest.raises(ConfigError, match="objective.timestep.num_steps=500 and objective.path.num_steps=1000"):
+        load_config(["+experiment=smoke", "objective=epsilon", "objective.timestep.num_steps=500"])

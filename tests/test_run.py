@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdtrain.config import load_config
 from sdtrain.errors import ConfigError, RunError
-from sdtrain.run import prove_latents
+from sdtrain.run import prove_latents, run
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("autoencoder", "diffusion")
@@ -466,3 +467,13 @@ def test_latents_without_pictures_refuse_what_looks_at_pictures(name, monkeypatc
         prove_latents(session, stage, None)
     stage.metric = {"distribution": SimpleNamespace(real=1)}
     prove_latents(session, stage, None)  # the real pictures' moments are in a file
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("diffusion.optim.lr=-1", "optim.lr=-1"), ("model.block_out_channels=[]", "model: ")],
+)
+def test_a_bad_value_of_stage_2_ends_before_stage_1_trains(small, tmp_path, override, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        run(load_config([*small, f"output_dir='{tmp_path}'", override]))
+    assert not (tmp_path / "autoencoder").exists()

@@ -1,7 +1,10 @@
 """What a session takes from Lightning's trainer."""
 
 import json
+import shlex
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -11,7 +14,9 @@ from sdtrain import continuation, session
 from sdtrain.callback import ending
 from sdtrain.config import load_config
 from sdtrain.continuation import code_version
-from sdtrain.session import Session
+from sdtrain.errors import ConfigError
+from sdtrain.run import next_command
+from sdtrain.session import Session, check_code
 
 
 def test_lightning_neither_handles_signals_nor_asks_the_ranks_at_every_batch(small, tmp_path, monkeypatch):
@@ -23,6 +28,14 @@ def test_lightning_neither_handles_signals_nor_asks_the_ranks_at_every_batch(sma
     trainer._signal_connector.register_signal_handlers()
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
     assert ending.launchers[-1] is trainer.strategy.launcher
+
+
+def test_a_precision_that_lightning_replaces_is_refused(small, tmp_path, monkeypatch):
+    """The guard: 16-mixed on a CPU that `auto` found would train in bf16."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cfg = load_config([*small, f"output_dir='{tmp_path}'", "accelerator=auto", "precision=16-mixed"])
+    with pytest.raises(ConfigError, match="precision=16-mixed does not exist on this machine's cpu"):
+        Session(cfg).trainer(cfg.diffusion)
 
 
 def test_what_code_runs_is_written_down_and_a_change_of_it_told(small, tmp_path, monkeypatch, capsys):
@@ -60,3 +73,65 @@ def test_the_source_is_what_the_package_holds(tmp_path, monkeypatch):
     commit = code_version.__wrapped__()["commit"]
     (package / "a.py").write_text("3")
     assert code_version.__wrapped__()["commit"] == f"{commit}-dirty"
+
+
+def test_a_run_that_begins_anew_finds_nothing_of_the_one_before(small, tmp_path, capsys):
+    """The guard: killed before a checkpoint of its own it went on from the old one; what was done stayed done."""
+    for path in ("autoencoder/manifest.json", "recognition/vgg.safetensors", "diffusion/checkpoints/step_00000004/a"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    (tmp_path / "summary.json").write_text('{"name": "a", "autoencoder": {"steps": 4}, "diffusion": {"steps": 4}}')
+    cfg = load_config([*small, f"output_dir='{tmp_path}'", "resume=never", "stages=[diffusion]"])
+    for _ in range(2):
+        Session(cfg)
+    assert (tmp_path / "autoencoder" / "manifest.json").exists()
+    assert not (tmp_path / "diffusion").exists()
+    assert (tmp_path / "old" / "diffusion" / "checkpoints" / "step_00000004").is_dir()
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"name": "a", "autoencoder": {"steps": 4}}
+    assert capsys.readouterr().out.count("diffusion: begins anew; what was here is in") == 1
+    cfg.stages = ["autoencoder"]
+    Session(cfg)
+    assert {path.name for path in (tmp_path / "old").iterdir()} == {"autoencoder", "recognition", "diffusion"}
+
+
+def test_two_runs_do_not_train_in_one_directory(small, tmp_path, monkeypatch):
+    """The guard: each would prune the other's checkpoints, and remove what it is writing."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pathlib import Path; from sdtrain.checkpoint.claim import claim; "
+         "file = claim(Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()", tmp_path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        holder.stdout.readline()
+        (tmp_path / "exit_rank1.json").touch()  # the other run's
+        monkeypatch.setattr("sdtrain.checkpoint.claim._SAME_HOST_SECONDS", 0.0)
+        cfg = load_config([*small, f"output_dir='{tmp_path}'"])
+        with pytest.raises(ConfigError, match=f"is being trained by process {holder.pid}"):
+            Session(cfg)
+        assert (tmp_path / "exit_rank1.json").exists()
+    finally:
+        holder.communicate()
+    with Session(cfg).recorded():
+        pass
+    claimed = Session(cfg)
+    with claimed.recorded():
+        pass
+    assert claimed._claim.closed
+
+
+def test_the_command_that_is_printed_last_can_be_typed(small, tmp_path):
+    cfg = load_config([*small, f"output_dir='{tmp_path}/a b'"])
+    for stages, told in ((["diffusion"], f"{tmp_path}/a b"), (["autoencoder"], f"output_dir={tmp_path}/a b")):
+        cfg.stages = stages
+        assert told in shlex.split(next_command(SimpleNamespace(cfg=cfg)))
+
+
+def test_ranks_that_run_different_code_do_not_start(monkeypatch):
+    """The guard: a file that was edited between the start of two ranks was told 4 steps later, as diverged weights."""
+    told = ["a", "b", "a", "c"]
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, own: into.__setitem__(slice(None), told))
+    with pytest.raises(ConfigError, match="^rank 1, 3 runs other code than rank 0"):
+        check_code(4)
+    told[:] = "aaaa"
+    check_code(4)
+    check_code(1)

@@ -120,8 +120,10 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
 
 
 def write(run: Path, evaluation: Evaluation, results: list[dict[str, Any]]) -> Path:
-    """RUN/eval/PROTOCOL_STEP_HASH.json, whose hash is the protocol's, and a row of the run's metrics.jsonl."""
-    from sdtrain.tracker.jsonl import JsonlTracker
+    """RUN/eval/PROTOCOL_STEP_HASH.json, whose hash is the protocol's, a row of the run's metrics.jsonl, its figures in
+    the mirror of the stage that was measured, under eval/PROTOCOL/, and RUN/report.html anew.
+    """
+    from sdtrain.tracker.report import write_report
 
     told = evaluation.told()
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -132,13 +134,37 @@ def write(run: Path, evaluation: Evaluation, results: list[dict[str, Any]]) -> P
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"protocol": told, "results": results}, indent=2) + "\n")
         temporary.replace(path)
+        note(run, evaluation, name, told, results)
+        write_report(run)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
-    tracker = JsonlTracker(run / "metrics.jsonl")
-    for result in results:
-        tracker.log({"event": "evaluation", "stage": "evaluation", "step": told["step"], "eval": name, **result})
-    tracker.finish({})
+        raise ConfigError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+def note(run: Path, evaluation: Evaluation, name: str, told: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """The figures as rows: where a run's own go."""
+    from sdtrain.build import build
+    from sdtrain.continuation import resolve_and_redact
+    from sdtrain.tracker.fanout import Fanout
+    from sdtrain.tracker.jsonl import JsonlTracker
+    from sdtrain.tracker.none import NullTracker
+
+    cfg = evaluation.subject.cfg
+    stage = "autoencoder" if evaluation.subject.pipe is None else "diffusion"
+    rows, mirror = JsonlTracker(run / "metrics.jsonl"), Fanout(NullTracker(), [build(cfg.tracker)])
+    mirror.start(run.resolve(), cfg.name, stage, resolve_and_redact(cfg))
+    about = {key: told[key] for key in ("step", "sampler", "num_steps", "seed", "weights")}
+    for result in results:
+        rows.log({"event": "evaluation", "stage": "evaluation", "eval": name, **about, **result})
+        place = "eval" + "".join(f"/{part}" for part in (told["protocol"], scale_of(result["guidance"])) if part)
+        mirror.log({"step": told["step"], **{f"{place}/{figure}": value for figure, value in result.items()}})
+    rows.finish({})
+    mirror.finish({})
+
+
+def scale_of(guidance: float | None) -> str:
+    """Of figures at several scales, which."""
+    return "" if guidance is None else f"guidance_{guidance:g}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ number of them makes the same files. What is finished is kept: start it again af
 it goes on. Started again when all is done, it checks the files against their checksums.
 
 With --text the captions are encoded, too, for a frozen conditioner of the same settings; latents that are there stay.
+For several text encoders (SDXL's two, SD 3's three) start it again with each of them: all are kept, and read together.
 """
 
 from __future__ import annotations
@@ -82,7 +83,6 @@ def precompute(args: argparse.Namespace) -> int:
     buckets = buckets if args.buckets else None
     index = build_index(find_shards(args.shards, "SHARDS"))
     job = {
-        "v": 1,
         "first_stage": identity(first_stage),
         "preprocessing": PREPROCESSING,
         "image_size": size,
@@ -120,14 +120,14 @@ def precompute(args: argparse.Namespace) -> int:
 def add_text(args: argparse.Namespace, device: torch.device | str, rank: int, world: int, barrier: Any) -> int:  # noqa: ANN401
     """The text embeddings of a finished cache."""
     from sdtrain.data.latent_file import find_damage, read_about, start
-    from sdtrain.data.text_file import ABOUT, FOLDER, finish_text, text_job, write_text_part
+    from sdtrain.data.text_file import ABOUT, encoder_folder, finish_text, text_job, write_text_part
     from sdtrain.stage.latents import text_identity
 
     if args.text is None:
         return 0
-    about, here = read_about(args.out), args.out / FOLDER
-    part = load_text(args).to(device)
+    about, part = read_about(args.out), load_text(args).to(device)
     job = text_job(about, text_identity(part))
+    here = encoder_folder(args.out, job["encoder"])
     if rank == 0:
         start(here, job)
     barrier()
@@ -135,10 +135,10 @@ def add_text(args: argparse.Namespace, device: torch.device | str, rank: int, wo
         start(here, job)
     if not (here / ABOUT).exists():
         for number in range(rank, len(about["parts"]), world):
-            write_text_part(args.out, about, number, text_encoder(part))
+            write_text_part(args.out, here, about, number, text_encoder(part))
         barrier()
         if rank == 0:
-            told = finish_text(args.out, about, job)
+            told = finish_text(here, about, job)
             num_bytes = sum(one["num_bytes"] for one in told["parts"])
             print(f"{told['num_samples']} text embeddings, {num_bytes / 1e9:.2f} GB, by {args.text}")
     elif rank == 0 and (damaged := find_damage(here, json.loads((here / ABOUT).read_text()))):

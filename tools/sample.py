@@ -5,8 +5,8 @@ ddim]
 python tools/sample.py RUN --label 3 --label 5                       classes
 python tools/sample.py RUN --num 4                                   no condition
 python tools/sample.py RUN "a caption" --image x.png --mask m.png    inpainting: white is painted
-python tools/sample.py RUN "a caption" --image small.png             upscaling
-python tools/sample.py RUN "an instruction" --source x.png           editing
+python tools/sample.py RUN "a caption" --image small.png             upscaling [--noise-level 20]
+python tools/sample.py RUN "an instruction" --source x.png           editing [--image-guidance 1.5]
 python tools/sample.py RUN "a caption" --original-size 64x64         SDXL's sizes
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from sdtrain.errors import ConfigError
 
 COLUMNS = 4
-TOLD = ("label", "image", "mask", "source", "original_size", "crop_top_left", "target_size")
+TOLD = ("label", "image", "mask", "source", "original_size", "crop_top_left", "target_size", "noise_level")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,10 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         ("--target-size", "WIDTHxHEIGHT", "what it takes for the size"),
     ):
         parser.add_argument(name, metavar=metavar, action="append", help=text)
+    parser.add_argument("--noise-level", metavar="N", type=int, action="append", help="on the picture to enlarge")
     parser.add_argument("--num", metavar="N", type=int, help="pictures; default: as many as are told apart")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: RUN/generated")
     parser.add_argument("--negative", metavar="TEXT", help="what to move away from")
     parser.add_argument("--guidance", metavar="SCALE", type=float, help="1 is none; default: the run's")
+    parser.add_argument("--image-guidance", metavar="SCALE", type=float, help="of the picture to edit alone")
     parser.add_argument("--steps", metavar="N", type=int, help="of the sampler; default: the run's")
     parser.add_argument("--size", metavar="PIXELS", help="a side, or WIDTHxHEIGHT; default: as trained")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
@@ -65,7 +67,7 @@ def sample(args: argparse.Namespace) -> list[Path]:
     """The files that were written. Raises ConfigError for what cannot be read, drawn or written."""
     captions = [*args.captions, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
     told = {name: getattr(args, name) for name in TOLD if getattr(args, name)}
-    told |= {name: [parse_size(text, name) for text in told[name]] for name in TOLD[4:] if name in told}
+    told |= {name: [parse_size(text, name) for text in told[name]] for name in TOLD[4:7] if name in told}
     size = parse_size(args.size, "size")
 
     import numpy as np  # what is heavy comes after what can be told at once
@@ -75,7 +77,7 @@ def sample(args: argparse.Namespace) -> list[Path]:
     from sdtrain.interop.pipeline import Pipeline
 
     pipe = Pipeline.load(args.run, "raw" if args.raw else args.averages or "ema")
-    options = (args.negative, args.guidance, args.steps, size, args.seed, args.sampler, args.num)
+    options = (args.negative, args.guidance, args.steps, size, args.seed, args.sampler, args.num, args.image_guidance)
     pictures = pipe(captions or None, *options, **told)
     titles = [title(captions, told, i) for i in range(len(pictures))]
     out = args.out or args.run / "generated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -88,6 +89,10 @@ class Checkpoint(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step, self._restored = checkpoint["global_step"], checkpoint
+        # Lightning steps where its count of micro-batches is a multiple of those of a step, which may be others now.
+        count = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        num_missing = -count["ready"] % trainer.accumulate_grad_batches
+        count.update({name: number + num_missing for name, number in count.items()})
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,13 +105,13 @@ class Checkpoint(Callback):
             ]
 
     def _score(self, trainer: Trainer) -> float | None:
-        """The metric that `keep_best` names, where it was measured at this step."""
+        """The metric that `keep_best` names, where it was measured at this step, and is a number."""
         evaluations = [c for c in trainer.callbacks if isinstance(c, Evaluate) and c.last_step == trainer.global_step]
         found = [c.last_figures[self.metric] for c in evaluations if self.metric in c.last_figures]
         if self.metric and evaluations and not found:
             known = ", ".join(evaluations[0].last_figures)
             raise ConfigError(f"checkpoint.keep_best.metric={self.metric} is not measured here; there are {known}")
-        return found[0] if found else None
+        return found[0] if found and math.isfinite(found[0]) else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +34,8 @@ class EMA(L.Callback):
     ) -> None:
         if (decay is None) == (not lengths):
             raise ConfigError(f"ema: decay={decay} and lengths={list(lengths)}: give one, and the other as null or []")
+        if decay is not None and not 0 <= decay < 1:
+            raise ConfigError(f"ema: decay={decay} must be from 0 on and below 1")
         if snapshot_every_steps is not None and (snapshot_every_steps < 1 or not lengths):
             raise ConfigError(f"ema: snapshot_every_steps={snapshot_every_steps} must be 1 or more, and needs lengths")
         if len({f"{length:.3f}" for length in lengths}) < len(lengths):
@@ -56,6 +59,10 @@ class EMA(L.Callback):
         if not self._is_restored:
             self._start(pl_module)
         self._last_step = trainer.global_step
+        if trainer.is_global_zero:
+            for path in (pl_module.context.directory / "ema").glob("step_*"):
+                if int(path.name[5:13]) > trainer.global_step:  # of a line that was given up: resume=never, a rollback
+                    shutil.rmtree(path)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         """Unchanged by accumulation: only a new optimizer step counts."""

@@ -7,6 +7,7 @@ kill the first one before it could.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -69,7 +70,8 @@ def forget(directory: Path) -> None:
 def tell(directory: Path, exit_code: int, reason: str, rank: int = 0) -> None:
     """The first rank's word is the run's; another rank's says that it ends alone."""
     path = directory / (f"exit_rank{rank}.json" if rank else "exit.json")
-    write_json(path, {"exit_code": exit_code, "reason": reason})
+    with suppress(OSError):  # on a full disk the process's own code and words are what is left
+        write_json(path, {"exit_code": exit_code, "reason": reason})
 
 
 def told(directory: Path) -> RunError | None:
@@ -109,8 +111,8 @@ def outlive_children(seconds: float) -> None:
 
 
 def next_command() -> str:
-    """What continues this run."""
-    return shlex.join(sys.orig_argv)
+    """What continues this run: what started it, without what would start it anew."""
+    return shlex.join(argument for argument in sys.orig_argv if argument.lstrip("+") != "resume=never")
 
 
 def leave_marker(directory: Path, reason: str) -> None:
@@ -132,12 +134,13 @@ def recorded(directory: Path, rank: int, finish: Callable[[], None]) -> Iterator
         try:
             yield
         except BaseException as error:  # noqa: BLE001 it is raised again below
-            failure = error
+            failure = _told_of_disk(error, directory)
         let_finish()
         if rank == 0:
             failure = _end_run(directory, failure)
             if failure is not None:
-                finish()
+                with suppress(OSError):  # a full disk takes no last row either, and the failure is what is told
+                    finish()
         elif failure is not None:
             failure = _end_rank(directory, rank, failure)
         if num_ranks() > 1 and not _is_crash(failure):
@@ -146,6 +149,19 @@ def recorded(directory: Path, rank: int, finish: Callable[[], None]) -> Iterator
             outlive_children(GRACE_SECONDS if _is_crash(failure) else 3 * GRACE_SECONDS)
     if failure is not None:
         raise failure
+
+
+def _told_of_disk(failure: BaseException, directory: Path) -> BaseException:
+    """Where a row or a picture met a disk that is full, or cannot be written any more: a line, as a checkpoint has."""
+    if not isinstance(failure, OSError) or failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return failure
+    told = ConfigError(
+        f"cannot write {failure.filename or f'in {directory}'}: {failure.strerror} "
+        f"({shutil.disk_usage(directory).free} bytes free); the checkpoints are intact: "
+        "make room or make the directory writable, then run the same command again"
+    )
+    told.__cause__ = failure
+    return told
 
 
 def _end_run(directory: Path, failure: BaseException | None) -> BaseException | None:
@@ -238,8 +254,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """In one piece: others read it while it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_text(json.dumps(content))
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(content))
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ class Log(EverySteps):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that is stopped between two rows still tells what it did since the last one."""
+        """A fit that ends between two rows still tells what it did since the last one."""
         if trainer.global_step > self._window_step:
             self.act(trainer, pl_module)
         share = self.summary()["looking"]["share"]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdtrain.conditioner.dropout import dropped
+from sdtrain.conditioner.dropout import dropped, require_share
 from sdtrain.conditioner.mask import draw_masks
-from sdtrain.contracts import Batch, Conditioning, Input, NoisePath
+from sdtrain.contracts import Batch, Conditioning, Input
+from sdtrain.diffusion.path import VariancePreserving
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
@@ -27,12 +28,13 @@ class MaskedImage(nn.Module):
 
     def __init__(self, whole: float = 0.25, width: None = None, pooled_width: None = None) -> None:
         super().__init__()
+        require_share(whole=whole)
         self.whole, self.width, self.pooled_width = whole, width, pooled_width
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
         """The mask at the latents' size, as inpainting pipelines take it, and the encoded rest of the picture."""
         image = _picture(batch, "image")
-        drawn = draw_masks(draw or _own_draw(batch), *image.shape[2:], self.whole)
+        drawn = draw_masks(draw or _own_draw(batch), *image.shape[2:], self.whole).to(image.device)
         mask = batch.get("mask", drawn).to(image.device)
         mask = (torch.where(mask < 0, drawn, mask) >= 0.5).float()  # below 0: the sample has none
         small = F.interpolate(mask, batch["latent_size"])  # (B, 1, h, w)
@@ -47,34 +49,35 @@ class LowResolution(nn.Module):
     """Upscaling (Ho et al. 2022, "Cascaded diffusion models", section 4): {"concat": (B, 3, h, w), "class_labels":
     (B,)}, the small picture with noise on it, and how much.
 
-    The batch's `image`, made small where it is not. The null condition is the same.
+    The batch's `image`, made small where it is not, and its `noise_level` (B,). The null condition is the same.
 
     Args:
-        path: of the noise on it.
-        num_levels: steps of that path; a level is one of them.
+        path: of the noise on it, whose steps the levels are.
         max_noise_level: training draws levels below this.
-        noise_level: without a draw.
+        noise_level: without a draw, where the batch says none.
         width, pooled_width: null, as there is no text.
+
+    Raises:
+        ConfigError: for levels that are none of the path's, or were never trained.
     """
 
-    inputs = {"image": Input("picture", at="latent_size")}
+    inputs = {"image": Input("picture", at="latent_size"), "noise_level": Input("label", is_needed=False)}
 
     def __init__(
         self,
-        path: NoisePath,
-        num_levels: int = 1000,
+        path: VariancePreserving,
         max_noise_level: int = 350,
         noise_level: int = 20,
         width: None = None,
         pooled_width: None = None,
     ) -> None:
         super().__init__()
-        self.path, self.num_levels, self.max_noise_level, self.noise_level = (
-            path,
-            num_levels,
-            max_noise_level,
-            noise_level,
-        )
+        if not isinstance(path, VariancePreserving):
+            raise ConfigError(f"the small picture's path must be VariancePreserving, not {type(path).__name__}")
+        if not 1 <= max_noise_level <= path.num_steps:
+            raise ConfigError(f"max_noise_level={max_noise_level} must be 1 to {path.num_steps}, its path's num_steps")
+        self.path, self.max_noise_level = path, max_noise_level
+        self.noise_level = _level(noise_level, max_noise_level)
         self.width, self.pooled_width = width, pooled_width
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
@@ -83,10 +86,12 @@ class LowResolution(nn.Module):
         if tuple(image.shape[2:]) != size:
             image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)  # (B, 3, h, w)
         own = draw or _own_draw(batch)
-        level = torch.full((len(image),), self.noise_level, device=image.device)
-        if draw is not None:
+        if draw is None:
+            said = batch.get("noise_level", [self.noise_level] * len(image))
+            level = torch.tensor([_level(value, self.max_noise_level) for value in said], device=image.device)
+        else:
             level = draw.bits("noise_level") % self.max_noise_level
-        point = self.path((level / (self.num_levels - 1)).view(-1, 1, 1, 1))
+        point = self.path((level / (self.path.num_steps - 1)).view(-1, 1, 1, 1))
         noised = point.alpha * image + point.sigma * own.normal("low_resolution", image.shape[1:])
         return {"concat": noised, "class_labels": level}
 
@@ -111,6 +116,7 @@ class SourceImage(nn.Module):
         self, dropout: float = 0.05, dropout_group: str = "source", width: None = None, pooled_width: None = None
     ) -> None:
         super().__init__()
+        require_share(dropout=dropout)
         self.dropout, self.dropout_group, self.width, self.pooled_width = dropout, dropout_group, width, pooled_width
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
@@ -131,6 +137,12 @@ def _picture(batch: Batch, key: str) -> Tensor:
         return batch[key]
     cached = "; set diffusion.cache_latents=false" if "latent" in batch else ""
     raise ConfigError(f"the condition is a picture, and the batch has no '{key}'{cached}")
+
+
+def _level(value: int, end: int) -> int:
+    if not (isinstance(value, int) and 0 <= value < end):
+        raise ConfigError(f"noise_level={value!r} must be a whole number from 0 to {end - 1}, as training has it")
+    return value
 
 
 def _own_draw(batch: Batch) -> Draw:

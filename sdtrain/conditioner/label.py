@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtrain.conditioner.dropout import dropped
+from sdtrain.conditioner.dropout import dropped, require_share
 from sdtrain.contracts import Batch, Conditioning, Input
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
@@ -44,6 +44,7 @@ class Label(nn.Module):
         pooled_width: None = None,
     ) -> None:
         super().__init__()
+        require_share(dropout=dropout)
         if names is not None and len(names) + 1 != num_class_embeds:
             raise ConfigError(
                 f"num_class_embeds={num_class_embeds} must be {len(names) + 1}: {len(names)} names and the null class"
@@ -73,7 +74,8 @@ class Label(nn.Module):
         place, said = self._said(batch, i)
         number = said
         if isinstance(said, str):
-            number = self._number.get(said, int(said) if said.isdecimal() else None)
+            is_number = said.isdecimal() and (not self.names or "label" in batch)  # of data with names, only a name
+            number = self._number.get(said, int(said) if is_number else None)
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < self.num_classes:
             return number
         sample = batch["key"][i] if "key" in batch else f"number {i}"

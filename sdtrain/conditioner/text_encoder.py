@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdtrain.conditioner.dropout import dropped
+from sdtrain.conditioner.dropout import dropped, require_share
 from sdtrain.conditioner.tokenizer import Tokens
 from sdtrain.contracts import Batch, Conditioning, Input
 from sdtrain.layer.frozen import Frozen
@@ -42,9 +42,10 @@ class TextEncoder(nn.Module, ABC):
         masked: bool = False,
     ) -> None:
         super().__init__()
+        require_share(dropout=dropout)
         self.tokens, self.trained, self.masked, self.empty_caption = tokens, trained, masked, empty_caption
         self.dropout, self.dropout_group = dropout, dropout_group
-        self.reads_stored = False  # take a batch's stored states for the encoder's own output
+        self.reads_stored = ""  # under this name a batch's stored states stand in for the encoder's own output
         if trained:
             self.encoder = encoder
         else:
@@ -81,7 +82,7 @@ class TextEncoder(nn.Module, ABC):
         gone = dropped(draw, self.dropout, self.dropout_group) if draw is not None and self.dropout > 0 else None
         if gone is not None:
             empty = empty | gone
-        if self.reads_stored and "text_states" in batch:
+        if self.reads_stored and f"text_states/{self.reads_stored}" in batch:
             told, mask = self._recalled(batch, gone)
         else:
             told, mask = self._encoded(captions, gone)
@@ -101,10 +102,11 @@ class TextEncoder(nn.Module, ABC):
 
     def _recalled(self, batch: Batch, gone: Tensor | None) -> tuple[Conditioning, Tensor]:
         """What was stored of the captions; of those that are dropped, what the encoder makes of the empty one."""
-        told: Conditioning = {"context": batch["text_states"].float()}
-        if "text_pooled" in batch:
-            told["pooled"] = batch["text_pooled"].float()
-        mask = batch["text_mask"]
+        stored = {kind: batch.get(f"text_{kind}/{self.reads_stored}") for kind in ("states", "mask", "pooled")}
+        told: Conditioning = {"context": stored["states"].float()}
+        if stored["pooled"] is not None:
+            told["pooled"] = stored["pooled"].float()
+        mask = stored["mask"]
         if gone is not None:
             null, seen = self._encoded([""], None)
             told = {
@@ -115,6 +117,6 @@ class TextEncoder(nn.Module, ABC):
         return told, mask
 
     def unconditional(self, batch: Batch) -> Conditioning:
-        """The null condition for as many samples."""
-        null = self({"caption": [""]})
+        """The null condition for as many samples: of the empty caption, or of the batch's `negative`."""
+        null = self({"caption": batch.get("negative", [""])})
         return {name: value.expand(len(batch["caption"]), *value.shape[1:]) for name, value in null.items()}

@@ -22,9 +22,13 @@ from sdtrain.data.bad_sample import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 32 * 1024 * 1024
-# By what a decoder holds at once, so that one picture takes less than 200 MiB: a JPEG is decoded smaller, the others
-# are decoded whole, a PNG with alpha into two pictures of 4 bytes a pixel, a WebP into four.
+# By what a decoder holds at once, so that one picture takes less than 200 MB: a JPEG is decoded smaller, the others are
+# decoded whole, a PNG with alpha into two pictures of 4 bytes a pixel, a WebP into four.
 MAX_PIXELS = {"JPEG": 64_000_000, "PNG": 20_000_000, "WEBP": 9_000_000}
+# What a JPEG takes is known once its target is: it may be more only where the target itself is larger than 3100 pixels
+# square, and its float32 picture takes as much again.
+MAX_DECODING_BYTES = 195_000_000
+_MAX_DECODING_BYTES_PER_PIXEL = 20  # of the target
 MAX_SIDE = 16_384
 MIN_SIDE = 8  # what is smaller is a tracking pixel, not a picture of its caption
 
@@ -32,7 +36,8 @@ MIN_SIDE = 8  # what is smaller is a tracking pixel, not a picture of its captio
 # abruptly, which a resize by this much hides (at least 38 dB to decoding it whole; 34 dB at 1.0).
 _MIN_RATIO = 1.4
 _BAND_PIXELS = 1 << 20  # that are looked at together where numpy wants wider numbers
-_MAX_COPIED_PIXELS = 1 << 24  # larger pictures are resized where Pillow holds them
+_MAX_COPIED_PIXELS = 1 << 24  # larger pictures are resized where Pillow holds them, in strips of so many rows
+_STRIP_ROWS = 256
 
 _ORIENTATION = 0x0112
 # EXIF orientation -> what makes the stored picture upright: swap rows and columns, then reverse rows, reverse columns
@@ -89,7 +94,9 @@ def decode_image(
     if is_transposed:  # from here to the resize in the stored picture's own rows and columns
         target, reverses, crop = target[::-1], reverses[::-1], crop[::-1]
     factor = min(old / new for old, new in zip(stored, target))
-    image, part = _load(image, 1.0 if is_whole else factor, ground)
+    part = _shrink(image, 1.0 if is_whole else factor)
+    _check_bytes(image, data, stored, height * width)
+    image = _load(image, ground)
     factor /= part
     slack = [max(old / part - new * factor, 0.0) for old, new in zip(stored, target)]
     start, cut = [], []
@@ -98,6 +105,7 @@ def decode_image(
         start.append(int(room) - first if is_reversed else first)
         cut.append(round((room - start[-1] if is_reversed else start[-1]) / factor))
     pixels = _resize(image, factor, start, target)
+    del image  # before what is reversed or turned is copied
     pixels = pixels[:: -1 if reverses[0] else 1, :: -1 if reverses[1] else 1]
     if is_transposed:
         pixels, cut = pixels.transpose(1, 0, 2), cut[::-1]  # (H, W, 3)
@@ -143,15 +151,45 @@ def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
         return _UPRIGHT
 
 
-def _load(image: Image.Image, factor: float, ground: tuple[int, int, int]) -> tuple[Image.Image, int]:
-    """The picture in RGB; a JPEG decoded to 1/2, 1/4 or 1/8 where that is still large enough, and that number."""
+def _shrink(image: Image.Image, factor: float) -> int:
+    """A JPEG will be decoded to 1/2, 1/4 or 1/8 where that is still large enough; that number."""
     width, height = image.size
     part = next((part for part in (8, 4, 2) if factor >= _MIN_RATIO * part), 1)
     image.draft(None, (width // part, height // part))  # other formats take no notice
-    part = part if image.size != (width, height) else 1
+    return part if image.size != (width, height) else 1
+
+
+def _check_bytes(image: Image.Image, data: bytes, stored: tuple[int, int], target_pixels: int) -> None:
+    """Refuses a JPEG that would take too much memory, whatever of it is wanted."""
+    if image.format != "JPEG":
+        return
+    num_bytes = 3 * target_pixels + image.width * image.height * (8 if image.mode == "CMYK" else 4)
+    if _has_several_scans(data, len(image.layer)):  # then the decoder keeps all of its coefficients
+        largest = max(across * down for _, across, down, _ in image.layer)
+        share = sum(across * down for _, across, down, _ in image.layer) / largest
+        num_bytes += int(2 * share * stored[0] * stored[1])
+    limit = max(MAX_DECODING_BYTES, _MAX_DECODING_BYTES_PER_PIXEL * target_pixels)
+    if num_bytes > limit:
+        raise BadSample("too_many_pixels", f"decoding takes {num_bytes >> 20} MiB, the limit is {limit >> 20}")
+
+
+def _has_several_scans(data: bytes, num_components: int) -> bool:
+    """Whether the first scan leaves components or details to others; in doubt it does."""
+    place, is_sequential = 2, False
+    while data[place : place + 1] == b"\xff":
+        marker, size = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        is_sequential |= marker in (0xC0, 0xC1)
+        if marker == 0xDA:
+            return not is_sequential or data[place + 4] < num_components
+        place += 2 + size
+    return True
+
+
+def _load(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
+    """The picture in RGB."""
     try:
         image.load()
-        return _to_rgb(image, ground), part
+        return _to_rgb(image, ground)
     except MemoryError:
         raise
     except Exception as error:
@@ -191,17 +229,32 @@ def _resize(image: Image.Image, factor: float, start: Sequence[int], target: Seq
     (top, left), (height, width) = start, target
     bottom, right = top + height * factor, left + width * factor
     if factor == 1:
-        return np.asarray(image.crop((left, top, left + width, top + height)))  # (H, W, 3)
+        return _joined(_bands(image, (left, top, left + width, top + height)), height, width)
     if (bottom - top) * (right - left) > _MAX_COPIED_PIXELS:
-        box = (left, top, min(right, image.width), min(bottom, image.height))
-        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))  # (H, W, 3)
+        return _joined(_resized(image, factor, start, target), height, width)
     reach = math.ceil(3 * max(factor, 1))  # as far as the filter looks
     right, bottom = min(math.ceil(right) + reach, image.width), min(math.ceil(bottom) + reach, image.height)
-    pixels, row = np.empty((bottom - top, right - left, 3), np.uint8), 0
-    for band in _bands(image, (left, top, right, bottom)):
-        pixels[row : (row := row + len(band))] = band
+    pixels = _joined(_bands(image, (left, top, right, bottom)), bottom - top, right - left)
     # torch's Lanczos is Pillow's to within two levels, in a third of the time, and the same on every instruction set.
     tensor = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # (1, 3, h, w), channels last
     scale = (1 + 1e-9) / factor  # the size is rounded down
     found = F.interpolate(tensor, scale_factor=(scale, scale), mode="lanczos", antialias=True)
     return found[0, :, :height, :width].permute(1, 2, 0).numpy()  # (H, W, 3)
+
+
+def _joined(bands: Iterator[np.ndarray], height: int, width: int) -> np.ndarray:
+    """One under the other, uint8 (H, W, 3)."""
+    pixels, row = np.empty((height, width, 3), np.uint8), 0
+    for band in bands:
+        pixels[row : (row := row + len(band))] = band
+    return pixels
+
+
+def _resized(image: Image.Image, factor: float, start: Sequence[int], target: Sequence[int]) -> Iterator[np.ndarray]:
+    """Strips of the target. The filter looks beyond a strip's own rows, so that they are those of one resize."""
+    (top, left), (height, width) = start, target
+    right = min(left + width * factor, image.width)
+    for row in range(0, height, _STRIP_ROWS):
+        num = min(_STRIP_ROWS, height - row)
+        box = (left, top + row * factor, right, min(top + (row + num) * factor, image.height))
+        yield np.asarray(image.resize((width, num), Image.Resampling.LANCZOS, box=box))  # (h, W, 3)

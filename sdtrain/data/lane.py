@@ -67,8 +67,8 @@ class Lanes:
         ground: what is seen through transparent pixels, as RGB.
         caption: which caption is told; None: the .txt member as it is.
         shuffle_samples: a lane chooses its next sample among so many, which it holds as they stand in the shard.
-        max_bad_fraction: more bad samples than this among the last 10,000 end the run.
-        retry: of a transfer that breaks.
+        max_bad_fraction: more bad samples than this among the last 10,000 end the run, and so do more broken shards.
+        retry: of a read or a transfer that breaks.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Lanes:
         self.crop, self.flip, self.ground, self.seed = check_crop(crop), flip, tuple(ground), 0
         self.caption, self.shuffle_samples, self.retry = caption or CaptionRule(), shuffle_samples, retry or Retry()
         self.accounting = Accounting(self.shards, 1 << 62, num_workers, max_bad_fraction)
-        self.losses = Losses(num_workers)
+        self.losses = Losses(self.accounting, num_workers)
         self.companions: tuple[str, ...] = ()  # that batches carry, where samples have them
 
     def enter_worker(self, worker: int) -> None:
         """From here on this is the copy of a DataLoader worker: counts and files of its own."""
         self.accounting.enter_worker(worker)
-        self.losses.enter_worker(worker)
+        self.losses.enter(worker + 1)
 
     def endless(self, lane: int, num_lanes: int, start: int = 0) -> Iterator[Usable]:
         """A lane's samples, through webdataset's pipeline; the lanes together begin with place `start` of the order."""
@@ -156,7 +156,7 @@ class Lanes:
     def _at(self, place: int) -> Iterator[Placed]:
         """The samples of the shard at a place of the endless order."""
         shard = self._shard(place)
-        for raw in read_shard(self.shards[shard].address, self.losses, self.retry):
+        for raw in read_shard(shard, self.losses, self.retry):
             yield Placed(raw, shard, place)
 
     def _shard(self, place: int) -> int:
@@ -165,7 +165,9 @@ class Lanes:
 
     def _views(self, chunk: list[Placed]) -> list[tuple[Placed, int, int, View]]:
         """With each sample its number, its epoch, and the view that is drawn for it: a function of the two."""
-        digests = [hashlib.blake2b(self._name(placed).encode(), digest_size=8).digest() for placed in chunk]
+        # The whole address: two folders may have shards of one name.
+        names = (f"{self.shards[placed.shard].address}\n{placed.raw.key}" for placed in chunk)
+        digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
         ids = [int.from_bytes(digest, "little") >> 1 for digest in digests]
         epochs = [placed.place // len(self.shards) for placed in chunk]
         draw, size = Draw(self.seed, torch.tensor(ids), torch.tensor(epochs)), (self.image_size, self.image_size)

@@ -4,6 +4,9 @@ A folder has `latents.json`, which says of what and by what they were made; the 
 a sample; and in `parts` a file a shard, in which all that is known of a sample stands together: its latent's mean and
 std in float16, unscaled, those of the mirrored picture where they are kept, its caption and its .json member. One look
 into a mapped file reads a sample. A part counts once its .json is there, which is written last.
+
+A row holds the checksums of what it leads to, which whoever reads it verifies, and last its own: no flipped bit is
+trained on.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from sdtrain.data.attributes import parse_json
 from sdtrain.data.bad_sample import BadSample
@@ -33,6 +37,7 @@ from sdtrain.data.storage import Storage
 from sdtrain.errors import ConfigError
 
 ABOUT, JOB, TABLE = "latents.json", "job.json", "table.npy"
+VERSION = 2  # of the files; 1 had no checksum a sample
 PREPROCESSING = 1  # another number wherever decode.py gives other pixels: no cache of before is taken then
 ROW = np.dtype(
     [
@@ -44,6 +49,7 @@ ROW = np.dtype(
         ("json_bytes", "<i4"),
         ("original_size", "<i4", 2),
         ("crop_top_left", "<i4", (2, 2)),  # of the picture, and of the mirrored one
+        ("crc", "<u4", 4),  # of the latent, the mirrored one, the caption with the .json, and the row before this
     ]
 )
 
@@ -129,7 +135,10 @@ class PartWriter:
         row["json_bytes"] = -1 if told is None else len(told)
         row["original_size"] = seen[0].original_size
         row["crop_top_left"][0, : len(seen)] = [one.crop_top_left for one in seen]
-        return row, b"".join([*(latent.tobytes() for latent in latents), caption or b"", told or b""])
+        views, text = [latent.tobytes() for latent in latents], (caption or b"") + (told or b"")
+        row["crc"][0, : len(views)] = [crc32(view) for view in views]
+        row["crc"][0, 2] = crc32(text)
+        return row, b"".join([*views, text])
 
 
 def write_part(
@@ -148,6 +157,7 @@ def write_part(
     with _draft(data).open("wb") as file:
         for row, stored in samples:
             row["part"], row["offset"] = part, offset
+            row["crc"][0, -1] = crc32(row.tobytes()[:-4])
             found.append(row)
             file.write(stored)
             digest.update(stored)
@@ -158,6 +168,12 @@ def write_part(
     write_json(
         about, {"num_bytes": offset, "sha256": digest.hexdigest(), "num_samples": len(table), "left_out": dict(bad)}
     )
+
+
+def intact(rows: np.ndarray) -> list[bool]:
+    """Of each row whether it is what was written."""
+    data, width, expected = rows.tobytes(), rows.dtype.itemsize, rows["crc"][:, -1].tolist()
+    return [crc32(data[n * width : (n + 1) * width - 4]) == crc for n, crc in enumerate(expected)]
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -179,10 +195,21 @@ def start(folder: Path, job: Mapping[str, Any]) -> None:
         ConfigError: where the one that was begun there is of something else, naming it.
     """
     (folder / "parts").mkdir(parents=True, exist_ok=True)
+    job = {"v": VERSION, **job}
     if (folder / JOB).exists():
-        require_same(json.loads((folder / JOB).read_text()), job, f"{folder} holds other latents")
+        require_version(begun := json.loads((folder / JOB).read_text()), folder)
+        require_same(begun, job, f"{folder} holds other latents")
     else:
         write_json(folder / JOB, job)
+
+
+def require_version(about: Mapping[str, Any], folder: Path) -> None:
+    """Raises ConfigError where a cache was written in another way."""
+    if about.get("v", 1) != VERSION:
+        raise ConfigError(
+            f"{folder} is a cache of version {about.get('v', 1)}, this reads {VERSION}, whose samples have checksums; "
+            "remove it and make it again with tools/precompute_latents.py"
+        )
 
 
 def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +227,7 @@ def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]
     for name, array in arrays.items():
         save_array(folder / f"{name}.npy", array)
     about = {
+        "v": VERSION,
         **job,
         "tool": f"sdtrain {version('sdtrain')}",
         "num_samples": len(table),
@@ -207,6 +235,7 @@ def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]
         "left_out": dict(sum((Counter(one["left_out"]) for one in told), Counter())),
         "shards": [list(shard) for shard in kept.shards],
         "parts": [{name: one[name] for name in ("num_samples", "num_bytes", "sha256")} for one in told],
+        "index_crc": {name: crc32(arrays[f"index.{name}"].tobytes()) for name in ("shard", *ARRAYS)},
     }
     write_json(folder / ABOUT, about)
     return about
@@ -221,17 +250,28 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"data.folder: {folder} holds no latents that tools/precompute_latents.py made ({error}){unfinished}"
         ) from error
+    require_version(about, folder)
     require_same(about, {"preprocessing": PREPROCESSING}, f"data.folder: {folder} holds latents of other pictures")
     return about
 
 
 def read_index(folder: Path, about: Mapping[str, Any]) -> Index:
     """The index of the samples that have latents; column `latent_row` has their places in the table."""
-    arrays = {name: np.load(folder / f"index.{name}.npy", allow_pickle=False) for name in ("shard", *ARRAYS)}
+    arrays = {name: _checked(folder / f"index.{name}.npy", about["index_crc"][name]) for name in ("shard", *ARRAYS)}
     shards = tuple(Shard(*shard) for shard in about["shards"])
     return Index(
         shards, **arrays, columns={"latent_row": np.arange(about["num_samples"])}, fingerprint=about["fingerprint"]
     )
+
+
+def _checked(path: Path, crc: int) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"data.folder: {path} cannot be read ({error}); make the latents again") from error
+    if crc32(array.tobytes()) != crc:
+        raise ConfigError(f"data.folder: {path} is not what was written; it is damaged: make the latents again")
+    return array
 
 
 def require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], what: str) -> None:

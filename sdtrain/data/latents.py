@@ -5,171 +5,22 @@ carries `latent`, and no picture is read.
 from __future__ import annotations
 
 import functools
-import mmap
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from sdtrain.contracts import Batch
-from sdtrain.data.address import is_remote
-from sdtrain.data.attributes import parse_json
 from sdtrain.data.bucket import Buckets
 from sdtrain.data.caption import CaptionRule
 from sdtrain.data.datamodule import ShardDataModule
 from sdtrain.data.index import Index
-from sdtrain.data.latent_file import ROW, TABLE, part_paths, read_about, read_index, require_same
-from sdtrain.data.reader import Attributes, Reader
+from sdtrain.data.latent_file import TABLE, read_about, read_index, require_same
+from sdtrain.data.latent_reader import LatentReader
 from sdtrain.data.source import Corpus
-from sdtrain.data.text_file import FOLDER, StoredText, read_text_about
+from sdtrain.data.text_file import FOLDER, read_text_about
 from sdtrain.errors import ConfigError
-
-_MAX_OPEN_PARTS = 256  # a mapping keeps a file descriptor
-
-
-class LatentReader(Reader):
-    """Latents and captions by number; pictures too, as long as the shards they came from are there.
-
-    Args:
-        index: the samples, of a cache.
-        folder: the cache.
-        about: its latents.json.
-        image_size: of the pictures, in pixels.
-        num_cached: of the pictures that are read, the first so many samples' stay in memory.
-        num_workers: DataLoader workers that will count into the accounting.
-        crop: as the cache has it.
-        flip: show half of the pictures mirrored, by the second latents.
-        caption: which caption is told; None: the .txt member as it is.
-        text: the text.json of the embeddings that batches carry; None: they carry none.
-    """
-
-    def __init__(
-        self,
-        index: Index,
-        image_size: int,
-        folder: Path,
-        about: Mapping[str, Any],
-        num_cached: int = 0,
-        num_workers: int = 0,
-        crop: Literal["center"] = "center",
-        flip: bool = False,
-        caption: CaptionRule | None = None,
-        text: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(index, image_size, num_cached, num_workers, crop, flip, caption=caption)
-        self.folder, self.about, self.text = folder, about, text
-        self._channels = about["first_stage"]["latent_channels"]
-        self._num_views = 1 + about["has_flips"]
-        self._open()
-        self.has_pictures = all(is_remote(shard.address) or os.path.exists(shard.address) for shard in index.shards)
-
-    _opened = ("_part", "_stem", "_table", "_text")  # one process's
-
-    def _open(self) -> None:
-        table = np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        if table.dtype != ROW or len(table) != self.about["num_samples"]:
-            raise ConfigError(f"data.folder: {self.folder / TABLE} does not fit latents.json; it is damaged")
-        self._table, self._rows = table, self.index.columns["latent_row"]
-        self._part = functools.lru_cache(_MAX_OPEN_PARTS)(functools.partial(_map, self.folder, self.about))
-        self._text = None
-        if self.text is not None:
-            open_part = functools.partial(_map, self.folder / FOLDER, self.text)
-            self._text = StoredText(self.folder, self.text, functools.lru_cache(_MAX_OPEN_PARTS)(open_part))
-        self._stem = functools.cache(lambda shard: self.index.shards[shard].stem)  # half of a batch's time otherwise
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name not in self._opened}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._open()
-
-    def batch(
-        self, ids: np.ndarray, epochs: np.ndarray, size: tuple[int, int] | None = None, as_images: bool = False
-    ) -> Batch:
-        """The samples at some places, all of one size. `as_images` gives pictures where there still are any."""
-        if as_images and self.has_pictures:
-            return super().batch(ids, epochs, size, as_images=True)
-        ids, epochs = np.asarray(ids, np.int64), np.asarray(epochs, np.int64)
-        rows = self._table[self._rows[ids]]
-        height, width = rows["size"][0].tolist()
-        if (rows["size"] != (height, width)).any():
-            raise ConfigError("data.folder: latents of several shapes cannot stand in one batch")
-        shape = (2, self._channels, height, width)
-        num_bytes = 2 * int(np.prod(shape))
-        latents, captions, attributes = np.empty((len(ids), num_bytes), np.uint8), [], []
-        flips, draws = self._drawn(ids, epochs)
-        for number, (data, caption, told) in enumerate(self._stored(rows, flips, num_bytes)):
-            latents[number] = data
-            captions.append(self.caption(caption, told, draws[number]))
-            attributes.append(told)
-        self._accounting.read(len(ids))
-        mirrored = np.array(flips, np.int64)
-        factor = self.about["first_stage"]["down_factor"]
-        told = {} if self._text is None else self._text.read(self._rows[ids])
-        return {
-            **{name: torch.from_numpy(value) for name, value in told.items()},
-            "latent": torch.from_numpy(latents.view(np.float16).reshape(len(ids), *shape)),  # (B, 2, C, h, w)
-            "caption": captions,
-            "attributes": attributes,
-            "key": [
-                f"{self._stem(shard)}/{key.decode()}"
-                for shard, key in zip(self.index.shard[ids].tolist(), self.index.key[ids].tolist())
-            ],
-            "sample_id": torch.from_numpy(ids),
-            "epoch": torch.from_numpy(epochs),
-            "original_size": torch.from_numpy(rows["original_size"].astype(np.int64)),  # (B, 2)
-            "crop_top_left": torch.from_numpy(rows["crop_top_left"][np.arange(len(ids)), mirrored].astype(np.int64)),
-            "target_size": torch.tensor([[height * factor, width * factor]] * len(ids)),  # (B, 2)
-        }
-
-    def texts(self) -> list[tuple[str, Attributes]]:
-        """Caption and attributes of every place."""
-        places = np.arange(len(self.index))
-        draws = [view.draw for view in self._views(places, places * 0, None)]
-        stored = self._stored(self._table[self._rows], [False] * len(places), 0)
-        return [(self.caption(text, told, draw), told) for draw, (_, text, told) in zip(draws, stored)]
-
-    def latent_size(self, sample: int) -> tuple[int, int]:
-        """Height and width of one sample's latent."""
-        return tuple(self._table[self._rows[sample]]["size"].tolist())
-
-    def _drawn(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[list[bool], list[float]]:
-        """What is mirrored, and what chooses among captions: as any reader draws them, and only if it matters."""
-        if not self.flip and set(self.caption.fields) == {"txt"}:
-            return [False] * len(ids), [0.0] * len(ids)
-        views = self._views(ids, epochs, (self.image_size, self.image_size))
-        return [view.flip for view in views], [view.draw for view in views]
-
-    def _stored(
-        self, rows: np.ndarray, flips: Sequence[bool], num_bytes: int
-    ) -> Iterator[tuple[np.ndarray, bytes | None, Attributes]]:
-        """Of each row the first bytes of the latent, mirrored or not, the caption as it is, and the attributes."""
-        sizes = 4 * self._channels * rows["size"].prod(axis=1)
-        fields = (rows["part"], rows["offset"], sizes, rows["caption_bytes"], rows["json_bytes"])
-        for flip, part, offset, size, caption, told in zip(flips, *(field.tolist() for field in fields)):
-            data, text = self._part(part), offset + size * self._num_views
-            end = text + max(caption, 0)
-            yield (
-                np.frombuffer(data, np.uint8, num_bytes, offset + size * flip),
-                None if caption < 0 else data[text:end],
-                None if told < 0 else parse_json(data[end : end + told]),
-            )
-
-
-def _map(folder: Path, about: Mapping[str, Any], part: int) -> mmap.mmap:
-    path = part_paths(folder, part)[0]
-    try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.folder: {path} cannot be read ({error}); make the latents again") from error
-    if len(data) != about["parts"][part]["num_bytes"]:
-        raise ConfigError(f"data.folder: {path} is cut off; make the latents again")
-    return data
 
 
 class LatentDataModule(ShardDataModule):
@@ -224,8 +75,8 @@ class LatentDataModule(ShardDataModule):
             raise ConfigError("data.flip: there are no latents of mirrored pictures; make them with --flips")
         if self.about["buckets"] is not None:
             self.buckets = Buckets(**self.about["buckets"], cell=self.cell)
-        self.text = read_text_about(self.folder, self.about) if self._takes_text else None
-        if self.text is not None and self._caption not in (None, CaptionRule()):
+        self.text = read_text_about(self.folder, self.about) if self._takes_text else {}
+        if self.text and self._caption not in (None, CaptionRule()):
             raise ConfigError(
                 "data.caption: the stored text embeddings are of the .txt members as they are; set data.text=false to "
                 "encode other captions"
@@ -244,12 +95,20 @@ class LatentDataModule(ShardDataModule):
         )
 
     def require_text(self, encoder: Mapping[str, Any]) -> None:
-        """Refuses what is not the text encoder that made the embeddings, naming the field."""
+        """Refuses what is not a text encoder that made the embeddings, naming the field."""
+        told = [one["encoder"] for one in self.text.values()]
+        nearest = next((one for one in told if one["weight_hash"] == encoder["weight_hash"]), told[0])
         require_same(
-            {"encoder": self.text["encoder"]},
+            {"encoder": nearest},
             {"encoder": encoder},
             f"data.folder: {self.folder / FOLDER} is of another text encoder (data.text=false takes none)",
         )
+
+    def take_text(self, names: Collection[str]) -> None:
+        """Batches carry these encoders' embeddings only, as `text_states/NAME` and so on."""
+        self.text = {name: self.text[name] for name in names}
+        for reader in self._readers.values():
+            reader.take_text(names)
 
     def pairs(self, num: int, seed: int) -> Iterator[tuple[Batch, Batch]]:
         """Some training samples, drawn by the seed: each as it is stored, and as its picture is read now.
@@ -261,9 +120,11 @@ class LatentDataModule(ShardDataModule):
             return
         factor = self.about["first_stage"]["down_factor"]
         for place in np.random.default_rng(seed).integers(len(reader.index), size=num):
-            ids, (height, width) = np.array([place]), reader.latent_size(int(place))
-            size = (height * factor, width * factor)
-            yield reader.batch(ids, ids * 0), reader.batch(ids, ids * 0, size, as_images=True)
+            ids = np.array([place])
+            stored = reader.batch(ids, ids * 0)
+            if stored["key"][0] == reader.index.name(int(place)):  # else another stands for it
+                size = tuple(side * factor for side in stored["latent"].shape[3:])
+                yield stored, reader.batch(ids, ids * 0, size, as_images=True)
 
     def _describe(self) -> Corpus:
         corpus = super()._describe()

@@ -39,9 +39,13 @@ class Quarantine:
         kind = type(bad.__cause__ or bad).__name__
         if number <= _NUM_FIRST or number % _EVERY == 0:
             _log.warning("data: %s: %s in %s (%s, number %d of this reason)", bad.reason, key, shard, kind, number)
+        self.write(bad.reason, shard, key, offset, kind)
+
+    def write(self, reason: str, shard: str, key: str, offset: int, kind: str) -> None:
+        """The same without a word on the screen; a whole shard has no key."""
         if self.path is None:
             return
-        row = {"reason": bad.reason, "shard": shard, "key": key, "offset": offset, "exception": kind}
+        row = {"reason": reason, "shard": shard, "key": key, "offset": offset, "exception": kind}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:

@@ -63,6 +63,9 @@ class RenderedDataModule(ShardDataModule):
         cache_bytes: int = 1 << 30,
         max_samples: int | None = None,
     ) -> None:
+        if num_train < 1 or num_val < 0 or num_held_out < 0:
+            counts = f"num_train={num_train} num_val={num_val} num_held_out={num_held_out}"
+            raise ConfigError(f"data: {counts}: there must be a picture to train on, and no count is below 0")
         name = f"{pictures.name}-{pictures_seed}-{num_train}-{num_val}-{num_held_out}"
         self.folder, self._pictures = Path(root).expanduser() / name, pictures
         self._splits = {  # kind, seed, count

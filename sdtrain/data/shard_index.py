@@ -19,7 +19,7 @@ from sdtrain.data.metadata import COMPANION_COLUMNS
 from sdtrain.data.shard_walk import ARRAYS, Check, Loss, Rejection, Walked, walk_shard
 from sdtrain.errors import ConfigError
 
-_VERSION = 3
+_VERSION = 4
 _IDENTITY = ("offset", "size", "crc", "side")  # with the keys, what the fingerprint covers
 _COLUMN = "column/"  # how the metadata's columns are called in the file
 

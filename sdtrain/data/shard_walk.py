@@ -214,6 +214,9 @@ class _Samples:
             found.append(
                 (defect.reason, 1, f"{defect}; the {num} whole samples before it are used" if num else str(defect))
             )
+        elif not self._row_of:
+            found.append(("empty_shard", 1, "no member of any sample"))
+            self.rejections.append(Rejection(self._shard, "", 0, "empty_shard"))
         if self._forbidden:
             found.append(("forbidden_suffix", self._num_forbidden, f"never opened: {', '.join(self._forbidden)}"))
         if self._ignored:

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sdtrain.contracts import Batch
@@ -23,6 +25,7 @@ from sdtrain.errors import ConfigError
 _OF_THE_SCHEDULER = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
+_MAX_PACKED_BYTES = 16 * 1024
 
 
 class Batches(IterableDataset, ABC):
@@ -43,7 +46,7 @@ class Batches(IterableDataset, ABC):
             return
         self.enter_worker(info.id)
         try:
-            yield from self.micro_batches(info.id, info.num_workers)
+            yield from map(_packed, self.micro_batches(info.id, info.num_workers))
         except ConfigError as error:
             yield error  # raised by Loader, in the main process, without the wrapping of DataLoader's own
 
@@ -117,7 +120,7 @@ class Loader(DataLoader):
         for batch in batches:
             if isinstance(batch, ConfigError):
                 raise batch
-            yield batch
+            yield _unpacked(batch) if self.num_workers else batch
 
     def _start_method(self) -> str:
         return (self.multiprocessing_context or multiprocessing).get_start_method()
@@ -125,6 +128,20 @@ class Loader(DataLoader):
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _packed(batch: Batch) -> dict[str, Any]:
+    """As it goes through the queue: each tensor would cost the main process a connection to the worker, 0.3 ms, so
+    only large ones travel in shared memory, and small ones as arrays in the message.
+    """
+    return {
+        name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= _MAX_PACKED_BYTES else value
+        for name, value in batch.items()
+    }
+
+
+def _unpacked(batch: dict[str, Any]) -> Batch:
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 _BLOCK = 512
 _CHUNK = 1 << 20
-_PAX_KEYS = {"path", "size", "mtime", "atime", "ctime"}
+_PAX_KEYS = {"path", "size", "mtime", "atime", "ctime", "uid", "gid", "uname", "gname"}
 _MAX_PAX_BYTES = 64 * 1024
 _PLAIN, _PAX, _FOLDER = (b"0", b"\0"), b"x", b"5"
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")  # int() would take signs and underscores too

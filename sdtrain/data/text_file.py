@@ -1,12 +1,13 @@
 """Text embeddings beside the latents of a cache: what a frozen text encoder makes of every caption, in float16.
 
-A folder `text` inside of the cache's has `text.json`, which says by which encoder they were made; `table.npy`, a row a
-sample, in the order of the latents' table; and a file a part, with a sample's hidden states, of its own tokens only
-where padding is masked, then its pooled output.
+The cache's folder `text` has a folder for each encoder, named by what its states depend on. There are `text.json`,
+which says it; `table.npy`, a row a sample, in the order of the latents' table; and a file a part, with a sample's
+hidden states, of its own tokens only where padding is masked, then its pooled output.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,24 +16,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from sdtrain.data.caption import CaptionRule
-from sdtrain.data.latent_file import TABLE, part_paths, require_same, save_array, write_json, write_part
+from sdtrain.data.latent_file import (
+    TABLE,
+    VERSION,
+    intact,
+    part_paths,
+    require_same,
+    require_version,
+    save_array,
+    write_json,
+    write_part,
+)
 from sdtrain.errors import ConfigError
 
 FOLDER, ABOUT = "text", "text.json"
-ROW = np.dtype([("part", "<i4"), ("offset", "<i8"), ("num_tokens", "<i4")])
+ROW = np.dtype(
+    [
+        ("part", "<i4"),
+        ("offset", "<i8"),
+        ("num_tokens", "<i4"),
+        ("crc", "<u4", 2),  # of the states with the pooled output, and of the row before this
+    ]
+)
 _AT_ONCE = 64  # captions
 
 # captions -> of each its hidden states (T, D) and, where the encoder has one, its pooled output (P,)
 Encode = Callable[[list[str]], Sequence[tuple[np.ndarray, np.ndarray | None]]]
 
 
-def write_text_part(folder: Path, about: Mapping[str, Any], part: int, encode: Encode) -> None:
+def encoder_folder(folder: Path, encoder: Mapping[str, Any]) -> Path:
+    """Where a cache has one encoder's embeddings."""
+    return folder / FOLDER / hashlib.sha256(json.dumps(encoder, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_text_part(folder: Path, here: Path, about: Mapping[str, Any], part: int, encode: Encode) -> None:
     """The embeddings of one part of a finished cache, unless they are there."""
     table = np.load(folder / TABLE, mmap_mode="r", allow_pickle=False)
     rows = table[table["part"] == part]
-    write_part(folder / FOLDER, part, _encoded(folder, about, part, rows, encode), ROW, Counter())
+    write_part(here, part, _encoded(folder, about, part, rows, encode), ROW, Counter())
 
 
 def _encoded(
@@ -48,13 +72,14 @@ def _encoded(
             if not np.isfinite(states).all():
                 raise ConfigError("--text: a hidden state is not finite in float16; this encoder cannot be stored")
             row = np.zeros(1, ROW)
-            row["num_tokens"] = len(states)
-            yield row, states.tobytes() + (b"" if pooled is None else pooled.tobytes())
+            stored = states.tobytes() + (b"" if pooled is None else pooled.tobytes())
+            row["num_tokens"], row["crc"][0, 0] = len(states), crc32(stored)
+            yield row, stored
 
 
-def finish_text(folder: Path, about: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+def finish_text(here: Path, about: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """Puts the parts together, once all are there; returns the content of text.json."""
-    here, told, tables = folder / FOLDER, [], []
+    told, tables = [], []
     for part in range(len(about["parts"])):
         _, rows, said = part_paths(here, part)
         told.append(json.loads(said.read_text()))
@@ -62,22 +87,30 @@ def finish_text(folder: Path, about: Mapping[str, Any], job: Mapping[str, Any]) 
     save_array(here / TABLE, np.concatenate(tables))
     names = ("num_samples", "num_bytes", "sha256")
     parts = [{name: one[name] for name in names} for one in told]
-    found = {**job, "tool": f"sdtrain {version('sdtrain')}", "num_samples": about["num_samples"], "parts": parts}
+    found = {
+        "v": VERSION,
+        **job,
+        "tool": f"sdtrain {version('sdtrain')}",
+        "num_samples": about["num_samples"],
+        "parts": parts,
+    }
     write_json(here / ABOUT, found)
     return found
 
 
 def text_job(about: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
     """What the embeddings are of, and by what they are made."""
-    return {"v": 1, "encoder": dict(encoder), "latents": about["fingerprint"]}
+    return {"encoder": dict(encoder), "latents": about["fingerprint"]}
 
 
-def read_text_about(folder: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of a cache's text.json; None where it has no embeddings."""
-    if not (folder / FOLDER / ABOUT).exists():
-        return None
-    found = json.loads((folder / FOLDER / ABOUT).read_text())
-    require_same(found, {"latents": about["fingerprint"]}, f"data.folder: {folder / FOLDER} is of other latents")
+def read_text_about(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The text.json of every encoder whose embeddings a cache has, by its folder's name."""
+    found = {}
+    for path in sorted((folder / FOLDER).glob(f"*/{ABOUT}")):
+        told = json.loads(path.read_text())
+        require_version(told, path.parent)
+        require_same(told, {"latents": about["fingerprint"]}, f"data.folder: {path.parent} is of other latents")
+        found[path.parent.name] = told
     return found
 
 
@@ -85,23 +118,34 @@ class StoredText:
     """Embeddings by the latents' row.
 
     Args:
-        folder: the cache.
+        here: the encoder's folder.
         about: its text.json.
         open_part: a part's bytes, by its number.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], open_part: Callable[[int], Any]) -> None:
+    def __init__(self, here: Path, about: Mapping[str, Any], open_part: Callable[[int], Any]) -> None:
         self.encoder, self._part = about["encoder"], open_part
-        self._table = np.load(folder / FOLDER / TABLE, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        self._token_bytes, self._pooled_bytes = (2 * (self.encoder[name] or 0) for name in ("width", "pooled_width"))
+        self._table = np.load(here / TABLE, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         if self._table.dtype != ROW or len(self._table) != about["num_samples"]:
-            raise ConfigError(f"data.folder: {folder / FOLDER} does not fit its text.json; make it again with --text")
+            raise ConfigError(f"data.folder: {here} does not fit its text.json; make it again with --text")
+
+    def intact(self, rows: np.ndarray) -> list[bool]:
+        """Of so many samples whether what is stored is what was written."""
+        found = self._table[rows]
+        fields = (found[name].tolist() for name in ("part", "offset", "num_tokens", "crc"))
+        return [
+            whole
+            and crc32(memoryview(self._part(part))[at : at + num * self._token_bytes + self._pooled_bytes]) == crc[0]
+            for whole, part, at, num, crc in zip(intact(found), *fields)
+        ]
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Of so many samples the states (B, L, D) float16, padded with zeros, which tokens are there, and pooled."""
         found = self._table[rows]
-        length, width, pooled_width = (self.encoder[name] for name in ("max_tokens", "width", "pooled_width"))
+        length, width, pooled_width = self.encoder["max_tokens"], self._token_bytes // 2, self._pooled_bytes // 2
         states = np.zeros((len(rows), length, width), np.float16)
-        pooled = np.zeros((len(rows), pooled_width or 0), np.float16)
+        pooled = np.zeros((len(rows), pooled_width), np.float16)
         fields = (found[name].tolist() for name in ("part", "offset", "num_tokens"))
         for number, (part, offset, num_tokens) in enumerate(zip(*fields)):
             data = np.frombuffer(self._part(part), np.float16, num_tokens * width + pooled.shape[1], offset)

@@ -28,6 +28,10 @@ class RectifiedFlow:
 
     time_scale: float = 1000.0
 
+    def __post_init__(self) -> None:
+        if not self.time_scale > 0:
+            raise ConfigError(f"time_scale={self.time_scale} must be above 0: the network is told of time by it")
+
     def __call__(self, t: Tensor) -> PathPoint:
         one = torch.ones_like(t)
         return PathPoint(1.0 - t, t, -one, one)
@@ -71,6 +75,8 @@ class VariancePreserving:
             raise ConfigError(f"schedule is scaled_linear, linear or cosine, not {self.schedule!r}")
         if self.num_steps < 2:
             raise ConfigError(f"num_steps={self.num_steps} must be at least 2")
+        if not (0 < self.beta_start < 1 and 0 < self.beta_end < 1):
+            raise ConfigError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must lie between 0 and 1")
         object.__setattr__(self, "_table", self._steps())
         object.__setattr__(self, "_copies", {})
 
@@ -146,6 +152,8 @@ class EDM:
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
             raise ConfigError(f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max} must rise from above 0")
+        if not (self.rho > 0 and self.time_scale > 0):
+            raise ConfigError(f"rho={self.rho} and time_scale={self.time_scale} must be above 0")
 
     def _roots(self) -> tuple[float, float]:
         return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.contracts import NoisePath
+from sdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdtrain.ops.random import Draw
@@ -24,6 +25,10 @@ class Uniform:
     """Uniform; `num_steps` draws the steps of a discrete schedule, t = i / (num_steps - 1)."""
 
     num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 2:
+            raise ConfigError(f"timestep.num_steps={self.num_steps} must be at least 2")
 
     def __call__(self, draw: Draw, path: NoisePath) -> Tensor:  # noqa: ARG002 all densities are called so
         """(B,) float32."""
@@ -46,6 +51,10 @@ class LogitNormal:
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ConfigError(f"timestep.shift={self.shift} must be above 0")
 
     def __call__(self, draw: Draw, path: NoisePath) -> Tensor:  # noqa: ARG002
         """(B,) float32."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdtrain.contracts import PathPoint
 from sdtrain.diffusion.prediction import Prediction, x0_error_weight
+from sdtrain.errors import ConfigError
 
 # Of alpha and sigma inside of a weight: its limits are reached in float32, without a quotient of zeros.
 _LEAST = 1e-6
@@ -42,6 +43,13 @@ class OnX0(ABC):
         return self.on_x0(inside) / x0_error_weight(kind, inside)
 
 
+def _require_positive(**values: float) -> None:
+    """A weight below 0 would have the network learn the opposite."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"weighting.{name}={value} must be above 0")
+
+
 def snr(at: PathPoint) -> Tensor:
     """Signal-to-noise ratio alpha^2 / sigma^2."""
     return (at.alpha / at.sigma) ** 2
@@ -52,6 +60,9 @@ class MinSNR(OnX0):
     """min(SNR, gamma) (Hang et al. 2023, equation 8)."""
 
     gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require_positive(gamma=self.gamma)
 
     def on_x0(self, at: PathPoint) -> Tensor:
         """(B,) -> (B,)."""
@@ -64,6 +75,9 @@ class SoftMinSNR(OnX0):
 
     gamma: float = 5.0
 
+    def __post_init__(self) -> None:
+        _require_positive(gamma=self.gamma)
+
     def on_x0(self, at: PathPoint) -> Tensor:
         """(B,) -> (B,)."""
         return self.gamma * snr(at) / (snr(at) + self.gamma)
@@ -75,6 +89,9 @@ class P2(OnX0):
 
     k: float = 1.0
     gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(k=self.k)
 
     def on_x0(self, at: PathPoint) -> Tensor:
         """(B,) -> (B,)."""

@@ -105,6 +105,11 @@ def _check_unet(name: str, config: Mapping[str, Any]) -> None:
             f"{name} passes its U-Net no class_labels; this one wants them (class_embed_type="
             f"{config.get('class_embed_type')}, num_class_embeds={config.get('num_class_embeds')})"
         )
+    if name == INPAINT and config["in_channels"] != 9:
+        raise ConfigError(
+            f"{name} takes 9 input channels, those of latents, mask and masked picture; this U-Net has"
+            f" {config['in_channels']}"
+        )
     kinds = {*config["down_block_types"], *config["up_block_types"]}
     if name == LDM and (kinds != {"DownBlock2D", "UpBlock2D"} or config["mid_block_type"] is not None):
         raise ConfigError(

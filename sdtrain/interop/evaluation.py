@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sdtrain.build import build
-from sdtrain.checkpoint.commit import MANIFEST, newest_valid
 from sdtrain.contracts import Batch
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.interop.look import Copies, Features, Look, Objects, check_copies, check_objects
 from sdtrain.interop.pipeline import Pipeline
 from sdtrain.interop.ranks import Ranks
+from sdtrain.interop.subject import Subject
 from sdtrain.metric.distribution import SEED_STRIDE, Seen, network_of
 from sdtrain.metric.figures import OF_SETS, PIXELS, check
 from sdtrain.metric.geneval import GenEval
@@ -58,14 +58,13 @@ class Counting:
 
 @dataclass
 class Evaluation:
-    """One protocol on one checkpoint. `refer` and `measure` are for every rank to call."""
+    """One protocol on one run. `refer` and `measure` are for every rank to call."""
 
-    pipe: Pipeline
+    subject: Subject
     data: Any
     protocol: dict[str, Any]
     prompts: list[dict[str, Any]] | None  # each with its "prompt", and what a file of GenEval's asks for
     ranks: Ranks
-    checkpoint: dict[str, Any]
     extractors: dict[str, Any]
     perceptual: nn.Module | None
     geneval: GenEval | None
@@ -81,17 +80,14 @@ class Evaluation:
         if protocol["source"] not in ("samples", "reconstructions"):
             raise ConfigError(f"source: {protocol['source']!r} is neither samples nor reconstructions")
         networks = load_networks(protocol, prompts, ranks.device)
-        pipe = Pipeline.load(run, protocol["weights"], ranks.device)
-        if _reads_more(pipe) and (prompts is not None or protocol["split"] is None):
+        subject = Subject.load(run, protocol, ranks.device)
+        if subject.reads_more and (prompts is not None or protocol["split"] is None):
             raise ConfigError(
-                f"this run's model reads {', '.join(pipe.inputs)}: draw samples of a split, not of prompts"
+                f"this run's model reads {', '.join(subject.inputs)}: draw samples of a split, not of prompts"
             )
-        found, _ = newest_valid(run / "diffusion" / "checkpoints")
-        meta = json.loads((found / MANIFEST).read_text())
-        checkpoint = {"checkpoint": found.name, "step": meta["step"], "files": meta["files"]}
-        data = _open_data(pipe, protocol["split"])
+        data = _open_data(subject, protocol["split"])
         draws_split = prompts is None and protocol["split"] is not None
-        return cls(pipe, data, protocol, prompts, ranks, checkpoint, *networks, draws_split=draws_split)
+        return cls(subject, data, protocol, prompts, ranks, *networks, draws_split=draws_split)
 
     def refer(self, stored: Path | None, write_to: Path | None) -> None:
         """The reference's moments: stored ones, or those of the split's pictures, as the run's reader crops them."""
@@ -124,15 +120,15 @@ class Evaluation:
 
     def measure(self, guidance: float | None) -> dict[str, Any]:
         """Every figure of the protocol at a guidance scale, and how much of its pictures was clamped."""
-        counted = Counting(self.pipe.generation.first_stage)
-        pipe = Pipeline(self.pipe.cfg, replace(self.pipe.generation, first_stage=counted))
+        counted, pipe = Counting(self.subject.first_stage), None
         looks, sums = self._looks(), {"num_images": 0.0}
-        is_drawn = self.protocol["source"] == "samples"
-        if is_drawn and guidance is None:
-            guidance = pipe.generation.sampler.guidance.scale  # the run's own, said aloud
+        if self.subject.pipe is not None:
+            pipe = Pipeline(self.subject.cfg, replace(self.subject.pipe.generation, first_stage=counted))
+            if guidance is None:
+                guidance = pipe.generation.sampler.guidance.scale  # the run's own, said aloud
         for number, places in self.ranks.batches(self._num_images(), self.protocol["batch"]):
-            captions = self._captions(places) if is_drawn else []
-            if is_drawn:
+            captions = [] if pipe is None else self._captions(places)
+            if pipe is not None:
                 pictures = self._draw(pipe, captions, places, guidance, number)
             else:
                 pictures = self._rebuild(counted, places, sums)
@@ -160,15 +156,14 @@ class Evaluation:
             prompts = {"num_prompts": len(self.prompts), "sha256": digest}
         return {
             **self.protocol,
-            **self.checkpoint,
+            **self.subject.told,
             "num_images": self._num_images(),
             "prompts": prompts,
             "networks": networks | self._judges(),
             "reference": self.reference_told,
             "memorisation": None if (copies := self._copies()) is None else copies.told(),
             "codec": "none: pictures are measured as the 8 bits that were drawn; references as their files decode",
-            "run_sampler": OmegaConf.to_container(self.pipe.cfg.sampler, resolve=True),
-            "precision": self.pipe.cfg.diffusion.precision or self.pipe.cfg.precision,
+            "run_sampler": OmegaConf.to_container(self.subject.cfg.sampler, resolve=True),
             "torch": torch.__version__,
         }
 
@@ -269,20 +264,16 @@ def load_networks(
     return extractors, perceptual, geneval
 
 
-def _reads_more(pipe: Pipeline) -> bool:
-    """Whether captions alone do not say what the model reads."""
-    return any(read.is_needed and key != "caption" for key, read in pipe.inputs.items())
-
-
-def _open_data(pipe: Pipeline, split: str | None) -> Any:  # noqa: ANN401 a data module
+def _open_data(subject: Subject, split: str | None) -> Any:  # noqa: ANN401 a data module
     if split is None:
         return None
-    cfg = pipe.cfg
-    data = build(cfg.data if cfg.diffusion.data is None else cfg.diffusion.data)
+    cfg = subject.cfg
+    own = (cfg.autoencoder if subject.pipe is None else cfg.diffusion).data
+    data = build(cfg.data if own is None else own)
     if not hasattr(data, "splits"):
         raise ConfigError("split: this run's data has no splits; use a protocol with split: null")
     data.prepare_data()
-    data.accompany(pipe.inputs)
+    data.accompany(subject.inputs)
     if split not in data.splits:
         raise ConfigError(f"split: the run's data has no {split!r}; it has {', '.join(data.splits)}")
     return data

@@ -19,7 +19,7 @@ from sdtrain.first_stage.vq import VQModel
 from sdtrain.interop.choice import EDIT, LDM, SD3, UPSCALE, XL, Choice, choose
 from sdtrain.interop.folder import VERSION, WEIGHTS, network_config, unconditional_config, write_json
 from sdtrain.interop.pipeline import Pipeline
-from sdtrain.interop.scheduler import low_resolution_config, scheduler_config
+from sdtrain.interop.scheduler import differs, low_resolution_config, scheduler_config
 from sdtrain.interop.text import encoder_class, ending, tokenizer_class, write_encoder, write_tokenizer
 from sdtrain.interop.verify import verify
 
@@ -69,6 +69,9 @@ def write(pipe: Pipeline, raw: Pipeline | None, directory: Path) -> list[str]:
             if any(text.trained for text in trained.texts):
                 _write_texts(part, trained, RAW)
         notes = verify(part, pipe, choice)
+        scheduler = scheduler_config(pipe.generation.objective, pipe.generation.sampler, choice.pipeline == SD3)
+        if other := differs(scheduler, pipe.generation.sampler):
+            notes.append(other)
         if directory.is_dir():
             directory.rmdir()
         part.replace(directory)

@@ -101,6 +101,7 @@ class Pipeline:
         seed: int = 0,
         sampler: str | None = None,
         num: int | None = None,
+        image_guidance_scale: float | None = None,
         **told: Any,  # noqa: ANN401
     ) -> list[Image.Image]:
         """Pictures; picture i depends on what is told of it, its place i and the seed alone.
@@ -113,9 +114,11 @@ class Pipeline:
                 picture to enlarge as the first stage enlarges.
             sampler: another one of configs/sampler/, with the run's steps, guidance and shift where not given here.
             num: pictures; by default as many as are told apart.
+            image_guidance_scale: of a picture to edit, apart from that of the text.
             told: what else this model reads, `inputs` says by which name; one for all pictures, or a list with one for
                 each. label: a number or a name. image, source, mask: a path or a picture of Pillow's, scaled to cover
-                what is drawn and cut; white is painted. original_size, target_size: as `size`. crop_top_left: pixels.
+                what is drawn and cut; white is painted. noise_level: on a picture to enlarge. original_size,
+                target_size: as `size`. crop_top_left: pixels.
 
         Raises:
             ConfigError: for a value that cannot be, one that is missing, and one that this model does not read.
@@ -124,12 +127,15 @@ class Pipeline:
             told["caption"] = captions if isinstance(captions, str) else list(captions)
         if negative is not None and "caption" not in self.inputs:
             raise ConfigError("negative is given, and this run's model reads no caption")
+        if guidance_scale is not None and not self.inputs:
+            raise ConfigError("guidance_scale is given, and this run's model reads nothing that it could be guided by")
         down_factor = self.generation.first_stage.down_factor
         size = followed_size(told, self.inputs, down_factor) if size is None else size
         latent_size = self._latent_size(size)
         image_size = (latent_size[0] * down_factor, latent_size[1] * down_factor)
         batch = read_told(told, self.inputs, num, {"image_size": image_size, "latent_size": latent_size})
-        pictures = self.draw(batch, seed, guidance_scale, num_steps, sampler, latent_size, negative)
+        more = (latent_size, negative, image_guidance_scale)
+        pictures = self.draw(batch, seed, guidance_scale, num_steps, sampler, *more)
         return [Image.fromarray(picture) for picture in pictures]
 
     def draw(
@@ -141,19 +147,22 @@ class Pipeline:
         sampler: str | None = None,
         latent_size: tuple[int, int] | None = None,
         negative: str | None = None,
+        image_guidance_scale: float | None = None,
     ) -> np.ndarray:
         """The same of a batch that has all that the conditioner reads, such as the data's -> uint8 (N, H, W, 3)."""
         if num_steps is not None and num_steps < 1:
             raise ConfigError(f"num_steps={num_steps} must be at least 1")
         latent_size = latent_size or self.generation.latent_size
         num_pixels = latent_size[0] * latent_size[1] * self.generation.first_stage.down_factor**2
-        generation = replace(self.generation, sampler=self._sampler(sampler, num_steps), latent_size=latent_size)
+        own = self._sampler(sampler, num_steps, image_guidance_scale)
+        generation = replace(self.generation, sampler=own, latent_size=latent_size)
+        if negative is not None:
+            batch = {**batch, "negative": [negative] * len(batch["caption"])}
         with self._precision():
             return generation(
                 batch,
                 seed,
                 guidance_scale,
-                None if negative is None else {"caption": [negative] * len(batch["caption"])},
                 max(_PIXELS_AT_ONCE // num_pixels, 1),
             )
 
@@ -171,11 +180,13 @@ class Pipeline:
                 )
         return height // down_factor, width // down_factor
 
-    def _sampler(self, name: str | None, num_steps: int | None) -> Any:  # noqa: ANN401 a part
+    def _sampler(self, name: str | None, num_steps: int | None, image_scale: float | None) -> Any:  # noqa: ANN401 a part
         node = self.cfg.sampler if name is None else _read_sampler(name)
         taken = read_signature(node["_target_"]).arguments
         own = {key: self.cfg.sampler[key] for key in _KEPT if key in self.cfg.sampler and key in taken}
         given = {} if num_steps is None else {"num_steps": num_steps}
+        if image_scale is not None:
+            given["guidance"] = {**own["guidance"], "image_scale": image_scale}
         return build(OmegaConf.create({"sampler": {**node, **own, **given}}).sampler)
 
     def _precision(self) -> AbstractContextManager[None]:

@@ -9,6 +9,8 @@ from typing import Any
 from sdtrain.diffusion.path import EDM, RectifiedFlow, VariancePreserving
 from sdtrain.errors import ConfigError
 from sdtrain.interop.folder import VERSION
+from sdtrain.sampler.ddim import DDIM
+from sdtrain.sampler.euler import Euler
 
 _SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -37,6 +39,24 @@ def scheduler_config(objective: Any, sampler: Any, is_mmdit: bool) -> dict[str, 
     else:
         raise ConfigError(f"no scheduler of diffusers knows a prediction of {prediction} on the path {path}")
     return values | {"_diffusers_version": VERSION}
+
+
+def differs(config: dict[str, Any], sampler: Any) -> str | None:  # noqa: ANN401
+    """How a pipeline with this scheduler draws otherwise than the run itself, in a line; None where it does not."""
+    kind, spacing, guidance = config["_class_name"], sampler.spacing, sampler.guidance
+    spacings = {
+        "DDIMScheduler": config.get("timestep_spacing"),
+        "FlowMatchEulerDiscreteScheduler": "linspace",
+        "EDMEulerScheduler": "karras",
+    }
+    is_shifted = sampler.shift != 1 and kind != "FlowMatchEulerDiscreteScheduler"
+    is_straight = isinstance(sampler, DDIM) and not sampler.eta or isinstance(sampler, Euler) and not sampler.heun
+    if not is_straight or is_shifted or spacing != spacings.get(kind) or spacing == "linspace" and kind[0] == "D":
+        name = f"{type(sampler).__name__} with spacing={spacing} and shift={sampler.shift}"
+        return f"its {kind} asks at other times or steps otherwise than this run's sampler, {name}"
+    if guidance.rescale or list(guidance.interval) != [0.0, 1.0]:
+        return "it guides without this run's sampler.guidance.rescale and interval"
+    return None
 
 
 def low_resolution_config(path: VariancePreserving) -> dict[str, Any]:

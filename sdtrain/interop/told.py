@@ -76,12 +76,12 @@ def example(conditioner: DictConfig) -> str:
 
 def _check(told: Told, inputs: Mapping[str, Input]) -> None:
     reads = ", ".join(f"{key}{'' if read.is_needed else ' (if given)'}" for key, read in inputs.items()) or "nothing"
-    for key, read in inputs.items():
-        if read.is_needed and key not in told:
-            raise ConfigError(f"{key} is missing: this run's model reads {reads}")
     for key in told:
         if key not in inputs:
             raise ConfigError(f"{key} is given, and this run's model does not read it; it reads {reads}")
+    for key, read in inputs.items():
+        if read.is_needed and key not in told:
+            raise ConfigError(f"{key} is missing: this run's model reads {reads}")
 
 
 def _text(key: str, value: Any, _size: Size) -> str:  # noqa: ANN401 whatever a user gives

@@ -14,8 +14,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sdtrain.conditioner.image import SourceImage
 from sdtrain.errors import ConfigError
-from sdtrain.interop.choice import LDM, SD3, XL, Choice
+from sdtrain.interop.choice import EDIT, INPAINT, LDM, SD3, XL, Choice
 from sdtrain.interop.folder import WEIGHTS, read_config
 from sdtrain.interop.pipeline import Pipeline
 from sdtrain.interop.weights import load_strictly, read_state
@@ -45,12 +46,23 @@ def verify(folder: Path, pipe: Pipeline, choice: Choice) -> list[str]:
             components = _load_components(folder, index)
             pipeline = getattr(diffusers, choice.pipeline).from_pretrained(folder, local_files_only=True, **components)
             _compare(pipeline, pipe.generation, choice)
-    return _notes(choice)
+    return _notes(choice, pipe.generation)
 
 
-def _notes(choice: Choice) -> list[str]:
+def _notes(choice: Choice, parts: Generation) -> list[str]:
     """What no file of the folder can say."""
     t5, notes = choice.texts[2] if choice.pipeline == SD3 else None, []
+    scale, image_scale = parts.sampler.guidance.scale, parts.sampler.guidance.image_scale
+    if choice.pipeline == EDIT:
+        source = next(part for part in parts.conditioner.modules() if isinstance(part, SourceImage))
+        wanted = 1.0 if source.dropout == 0 else scale if image_scale is None else image_scale
+        notes.append(
+            f"call the pipeline with guidance_scale={scale}, image_guidance_scale={wanted} to draw as this run"
+        )
+    if choice.pipeline == INPAINT:
+        notes.append("it draws the masked picture's latents from their posterior, where this run takes their mean")
+    if choice.low_resolution is not None:
+        notes.append(f"call the pipeline with noise_level={choice.low_resolution.noise_level} to draw as this run")
     if t5 is not None and t5.tokens is None:
         notes.append("load it with text_encoder_3=None, tokenizer_3=None: it was trained without T5")
     if t5 is not None and t5.max_tokens != 256:

@@ -235,6 +235,12 @@ def _config_within(file: Path) -> dict[str, Any]:
         noted, names = (opened.metadata() or {}).get("sdtrain.vae"), opened.keys()
         if noted:
             return json.loads(noted)
-        if not any(name.startswith(PREFIXES["unet"]) for name in names):
+        within = [name.removeprefix(PREFIXES["unet"]) for name in names if name.startswith(PREFIXES["unet"])]
+        if any(name.startswith("joint_blocks.") for name in within):
+            return {"scaling_factor": 1.5305, "shift_factor": 0.0609}  # Stable Diffusion 3
+        if not any(name.startswith("input_blocks.") for name in within):
             return {"scaling_factor": None}
-        return {"scaling_factor": 0.13025 if any(n.startswith("conditioner.embedders.1.") for n in names) else 0.18215}
+        if "label_emb.weight" in within:
+            return {"scaling_factor": 0.08333}  # the upscaler, which is told a noise level
+        is_xl = "label_emb.0.0.weight" in within and not any(name.startswith("cond_stage_model.") for name in names)
+        return {"scaling_factor": 0.13025 if is_xl else 0.18215}

@@ -4,13 +4,13 @@ optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sdtrain.optim.adamw import AdamW
+from sdtrain.optim.adamw import AdamW, OnePass
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that takes singular values to about 1
 
@@ -37,28 +37,13 @@ def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     return x.mT if transposed else x
 
 
-class _Muon(torch.optim.AdamW):
+class _Muon(OnePass):
     """AdamW, but for the groups that say `orthogonal`: there the step is the orthogonalised Nesterov momentum."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 torch's signature
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        whole = self.param_groups
-        try:
-            self.param_groups = [group for group in whole if not group["orthogonal"]]
-            if self.param_groups:
-                super().step()
-        finally:
-            self.param_groups = whole
-        for group in whole:
-            if group["orthogonal"]:
-                self._step_matrices(group)
-        return loss
-
-    def _step_matrices(self, group: dict[str, Any]) -> None:
+    def step_group(self, group: dict[str, Any], divisor: Tensor | None) -> None:
+        if not group["orthogonal"]:
+            super().step_group(group, divisor)
+            return
         shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
         for p in group["params"]:
             if p.grad is None:
@@ -67,6 +52,8 @@ class _Muon(torch.optim.AdamW):
             if not state:  # AdamW's own loading looks for a step in every state
                 state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
             state["step"] += 1
+            if divisor is not None:
+                p.grad.div_(divisor)
             buffer = state["momentum"]
             buffer.lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # (out, in kh kw)
@@ -112,7 +99,7 @@ class Muon(AdamW):
                 chosen = [p for p in group["params"] if _is_matrix(p) == orthogonal]
                 if chosen:
                     split.append(group | {"params": chosen, "orthogonal": orthogonal, "momentum": self.momentum})
-        return _Muon(split, betas=self.betas, eps=self.eps, fused=True)
+        return _Muon(split, self.betas, self.eps)
 
 
 def _is_matrix(p: nn.Parameter) -> bool:

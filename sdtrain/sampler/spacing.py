@@ -53,7 +53,7 @@ def levels(path: NoisePath, num_steps: int, spacing: Spacing, shift: float) -> l
     """The `num_steps` levels to ask at, and the data itself (alpha 1, sigma 0), where the last step ends.
 
     Raises:
-        ConfigError: where the path has fewer steps than are wanted.
+        ConfigError: where the path has fewer steps than are wanted, or the shift leaves no time between them.
     """
     if spacing == "karras":
         times = _karras(path, num_steps)
@@ -62,6 +62,8 @@ def levels(path: NoisePath, num_steps: int, spacing: Spacing, shift: float) -> l
     else:
         times = _discrete(path, num_steps, spacing)
     times = _shifted(times, shift)
+    if not bool((times.diff() < 0).all()):
+        raise ConfigError(f"sampler.shift={shift} with num_steps={num_steps}: no two of the times may be the same")
     at = path(times)
     return [*map(Level, times.tolist(), at.alpha.tolist(), at.sigma.tolist()), Level(0.0, 1.0, 0.0)]
 

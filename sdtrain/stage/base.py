@@ -11,8 +11,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sdtrain.contracts import Batch, Context
+from sdtrain.errors import ConfigError
 from sdtrain.layer.frozen import everything
 from sdtrain.ops.random import Draw
 
@@ -108,6 +110,28 @@ class Stage(L.LightningModule):
             row |= {f"{name}/{_bin(i)}": s / n for i, (s, n) in enumerate(zip(sums, counts)) if n}
         return row
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also what the next row has so far, as means over ranks: after a resume it still is of all its steps."""
+        parts = [*self._sums.values(), *self._binned.values()]
+        if self.trainer.world_size > 1 and parts:
+            flat = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
+            parts = [new.view(old.shape) for new, old in zip(flat.split([part.numel() for part in parts]), parts)]
+        sums = dict(zip([*self._sums, *self._binned], parts))
+        checkpoint["row"] = {"counts": dict(self._counts), "sums": sums}
+        checkpoint["optim"] = type(self.optim).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before, now = checkpoint.get("optim"), type(self.optim).__name__
+        if before is not None and before != now:  # checkpoints before it was kept say nothing
+            raise ConfigError(
+                f"the optimizer of {self.context.stage} is {now}, and its checkpoint has the states of {before}, which"
+                f" do not fit: write optim={before.lower()} for it again, or take a new output_dir"
+            )
+        row = checkpoint.get("row", {"counts": {}, "sums": {}})  # checkpoints before it was kept have none
+        self._counts = dict(row["counts"])
+        self._sums = {name: part for name, part in row["sums"].items() if name in self._counts}
+        self._binned = {name: part for name, part in row["sums"].items() if name not in self._counts}
+
     def evaluate_raw(self) -> dict[str, float]:
         """What of `evaluate` is also measured without the average."""
         return {}
@@ -160,6 +184,8 @@ class Stage(L.LightningModule):
             group.update(recipe)
             group["lr"] = recipe["initial_lr"] * factor(schedule.last_epoch)
         schedule.base_lrs = [recipe["initial_lr"] for recipe in self._recipe]
+        for kept in (self._sums, self._binned):  # a checkpoint's are on the host
+            kept.update({name: part.to(self.device) for name, part in kept.items()})
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:  # noqa: ANN401, ARG002 Lightning's signature
         """The schedule counts the steps that were made."""
@@ -168,26 +194,36 @@ class Stage(L.LightningModule):
 
     def configure_gradient_clipping(
         self,
-        optimizer: torch.optim.Optimizer,  # noqa: ARG002 Lightning's signature
-        gradient_clip_val: float | None = None,  # noqa: ARG002
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,  # noqa: ARG002 Lightning's signature
         gradient_clip_algorithm: str | None = None,  # noqa: ARG002
     ) -> None:
         """Clips each part by its own norm, and notes the norms. Under DeepSpeed it is called at every micro-batch."""
         if not self.is_last_micro:
             return
-        clip = getattr(self.trainer.strategy, "clip", self._clip)  # only DeepSpeed knows where its gradients are
-        self.gradient_norms = clip(self.clip_norm, [*self._learned] if self.is_left_out else self.idle_parts)
+        idle = [*self._learned] if self.is_left_out else self.idle_parts
+        if hasattr(self.trainer.strategy, "clip"):  # only DeepSpeed knows where its gradients are
+            self.gradient_norms = self.trainer.strategy.clip(self.clip_norm, idle)
+        else:
+            self.gradient_norms = self._clip(optimizer, idle)
         self.note(**{f"grad_norm/{name}": norm for name, norm in self.gradient_norms.items()})
 
-    def _clip(self, max_norm: float | None, idle: Sequence[str]) -> dict[str, Tensor]:
+    def _clip(self, optimizer: torch.optim.Optimizer, idle: Sequence[str]) -> dict[str, Tensor]:
         norms = {}
         for name, parameters in self._learned.items():
             if name in idle:
                 for p in parameters:  # an optimizer would count a gradient of zero as a step
                     p.grad = None
-            learned = [p for p in parameters if p.grad is not None]
-            if learned:
-                norms[name] = torch.nn.utils.clip_grad_norm_(learned, max_norm or float("inf"), foreach=True)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if gradients:
+                norms[name] = get_total_norm(gradients, foreach=True)
+        if not self.clip_norm:
+            return norms
+        if hasattr(optimizer, "clip"):  # within its step, which takes no pass of its own
+            optimizer.clip(norms, self.clip_norm)
+            return norms
+        for name, norm in norms.items():
+            clip_grads_with_norm_(self._learned[name], self.clip_norm, norm, foreach=True)
         return norms
 
 

@@ -42,7 +42,6 @@ class Generation:
         batch: Batch,
         seed: int,
         guidance_scale: float | None = None,
-        negative: Batch | None = None,
         size: int = 128,
     ) -> np.ndarray:
         """A picture for each sample of the batch -> uint8 (N, H, W, 3).
@@ -51,7 +50,6 @@ class Generation:
 
         Args:
             guidance_scale: the sampler's own by default.
-            negative: what to move away from instead of the null condition.
             size: pictures drawn at once.
         """
         guidance = self.sampler.guidance
@@ -67,10 +65,7 @@ class Generation:
             noise = draw.normal("generation", (self.first_stage.latent_channels, *self.latent_size))
             part = for_conditioner({"sample_id": ids, **part}, self.first_stage, self.latent_size)
             cond = self.conditioner(part)
-            if negative is None:
-                null = self.conditioner.unconditional(part)
-            else:
-                null = self.conditioner(part | _part(negative, slice(start, start + size), device))
+            null = self.conditioner.unconditional(part)
             x0_of = self.objective.x0_of(self.model, variance=getattr(self.sampler, "learned_variance", False))
             denoise = guidance(x0_of, cond, null)
             latent = self.sampler(denoise, noise, self.objective.path, draw)

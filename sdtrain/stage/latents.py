@@ -107,12 +107,12 @@ def text_identity(text_encoder: nn.Module) -> dict[str, Any]:
 
 
 def use_stored_text(conditioner: nn.Module, data: L.LightningDataModule) -> None:
-    """Where the latents have text embeddings beside them, the text encoder that made them reads them.
+    """Where the latents have text embeddings beside them, the text encoders that made them read them; others encode.
 
     Raises:
-        ConfigError: where the conditioner has no such encoder, naming the field that differs.
+        ConfigError: where the conditioner has no such encoder, or one with other settings, naming the field.
     """
-    if data.text is None:
+    if not data.text:
         return
     frozen = [part for part in conditioner.modules() if hasattr(part, "reads_stored") and not part.trained]
     if not frozen:
@@ -121,10 +121,14 @@ def use_stored_text(conditioner: nn.Module, data: L.LightningDataModule) -> None
             "data.text=false"
         )
     identities = [text_identity(part) for part in frozen]
-    wanted = data.text["encoder"]
-    number = next((n for n, found in enumerate(identities) if found["weight_hash"] == wanted["weight_hash"]), 0)
-    data.require_text(identities[number])
-    frozen[number].reads_stored = True
+    names = [next((n for n, told in data.text.items() if told["encoder"] == found), "") for found in identities]
+    hashes = {told["encoder"]["weight_hash"] for told in data.text.values()}
+    for found, name in zip(identities, names):
+        if not name and (found["weight_hash"] in hashes or not any(names)):
+            data.require_text(found)
+    for part, name in zip(frozen, names):
+        part.reads_stored = name
+    data.take_text({name for name in names if name})
 
 
 def has_latents(data: L.LightningDataModule) -> bool:

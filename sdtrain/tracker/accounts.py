@@ -48,9 +48,11 @@ class TimeSpent:
                 spent.training += num_steps * _seconds(row, "step_seconds")
             else:
                 spent.repeated += num_steps * _seconds(row, "step_seconds")
-        times = [row["time"] for row in rows if is_number(row.get("time"))]
+        times = [(row["time"], row.get("stage")) for row in rows if is_number(row.get("time"))]
+        # A launch that finds all done, and an evaluation, may come months later.
+        ends = [time for time, stage in times if stage not in (None, "evaluation")]
         first = _seconds(rows[0], "seconds") if rows and "event" not in rows[0] else 0.0
-        spent.wall = max(times) - min(times) + first if times else 0.0
+        spent.wall = max(ends) - min(times)[0] + first if ends else 0.0
         return spent
 
 

@@ -133,10 +133,11 @@ def linear_ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 
 def format_number(value: float) -> str:
-    """12.3M, 45k, 1234, 0.123, 1e-4."""
+    """1.97T, 5.86G, 12.3M, 45k, 1234, 0.123, 1e-4."""
     size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if size >= scale:
+            return f"{value / scale:.3g}{unit}"
     if size >= 1e4:
         return f"{value / 1e3:.3g}k"
     if size >= 1e3:

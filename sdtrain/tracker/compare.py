@@ -93,8 +93,8 @@ def _chart(key: str, lines: Mapping[str, list[Point]]) -> str:
 
 
 def _figures(runs: Mapping[str, RunFiles]) -> str:
-    """Every number of the summaries, those that are the same everywhere left out."""
-    found = {name: {k: v for k, v in flatten(run.summary).items() if is_number(v)} for name, run in runs.items()}
+    """Every number of the summaries and of evaluations, those that are the same everywhere left out."""
+    found = {name: {k: v for k, v in _told(run).items() if is_number(v)} for name, run in runs.items()}
     first, rest = [], []
     for key in dict.fromkeys(key for figures in found.values() for key in figures):
         cells = [figures.get(key) for figures in found.values()]
@@ -102,6 +102,11 @@ def _figures(runs: Mapping[str, RunFiles]) -> str:
             row = [key, *("–" if cell is None else text(key, cell) for cell in cells)]
             (rest if DETAILS & set(key.split(".")) else first).append(row)
     return table(["", *runs], first, "beside") + details("More figures", table(["", *runs], rest, "beside"))
+
+
+def _told(run: RunFiles) -> dict[str, Any]:
+    evaluated = {f"{asked}: {k}": v for asked, figures in run.evaluations.items() for k, v in figures.items()}
+    return flatten(run.summary) | evaluated
 
 
 def _config_table(runs: Mapping[str, RunFiles]) -> str:

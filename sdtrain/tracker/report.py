@@ -49,6 +49,7 @@ def _page(files: RunFiles) -> str:
         section("Does the picture say what the caption says?", caption_match_tables(files.summary)),
         section("Beside the other runs in this folder", beside_table(files.directory)),
         *(section(stage.capitalize(), _stage(files, stage)) for stage in files.stages),
+        section("Evaluations", columns("".join(key_values(*found) for found in files.evaluations.items()))),
         section("Data, time and contract", _accounts(files)),
         section("Events", _events(files)),
         section("Model card", model_card(files)),
@@ -70,7 +71,7 @@ def _charts(train: dict[str, list[Point]], other: dict[str, list[Point]]) -> tup
     main = [_loss_chart(train.pop("loss", []), other.pop("val/loss", []))]
     speed = {key: columns.pop(key) for columns in (other, train) for key in SPEED_KEYS if key in columns}
     for name, lines in _grouped(other).items():
-        name = name.removeprefix("val/").replace("_", " ")
+        name = name.removeprefix("val/").replace("val_raw/", "raw weights: ").replace("_", " ")
         main.append(_group_chart(TITLES.get(name, name), lines, "dB, held out" if name == "psnr" else "held out"))
     main.append(
         line_chart("Images per second", smoothed(Series("", train.pop("images_per_second", []))), from_zero=True)
@@ -78,7 +79,8 @@ def _charts(train: dict[str, list[Point]], other: dict[str, list[Point]]) -> tup
     groups = _grouped(train)
     for prefix, title in (("loss_at", "Loss by timestep"), ("lr", "Learning rate"), ("grad_norm", "Gradient norm")):
         if prefix in groups:
-            main.append(_group_chart(title, groups.pop(prefix), may_be_log=prefix != "lr", is_noisy=prefix != "lr"))
+            lines = dict(sorted(groups.pop(prefix).items()))
+            main.append(_group_chart(title, lines, may_be_log=prefix != "lr", is_noisy=prefix != "lr"))
     more = [_group_chart(name, lines, may_be_log=True, is_noisy=True) for name, lines in groups.items()]
     for key, points in speed.items():
         is_bytes = key.endswith("_bytes")
@@ -100,7 +102,7 @@ def _grouped(columns: dict[str, list[Point]]) -> dict[str, dict[str, list[Point]
     groups: dict[str, dict[str, list[Point]]] = {}
     for key, points in columns.items():
         parts = key.split("/")
-        shared = len(parts) > 2 or (len(parts) == 2 and parts[0] != "val")
+        shared = len(parts) > 2 or (len(parts) == 2 and parts[0] not in ("val", "val_raw"))
         group, name = ("/".join(parts[:-1]), parts[-1]) if shared else (key, "")
         groups.setdefault(group, {})[name] = points
     return groups
@@ -109,9 +111,13 @@ def _grouped(columns: dict[str, list[Point]]) -> dict[str, dict[str, list[Point]
 def _group_chart(
     title: str, lines: Mapping[str, list[Point]], unit: str = "", may_be_log: bool = False, is_noisy: bool = False
 ) -> str:
-    series = [Series(name or title, points) for name, points in list(lines.items())[:MAX_LINES]]
-    series = [part for line in series for part in smoothed(line)] if is_noisy else series
-    return line_chart(title, series, unit, may_be_log)
+    """As many charts as the lines want."""
+    charts, series = "", [Series(name or title, points) for name, points in lines.items()]
+    for start in range(0, len(series), MAX_LINES):
+        shown = series[start : start + MAX_LINES]
+        shown = [part for line in shown for part in smoothed(line)] if is_noisy else shown
+        charts += line_chart(title if not start else f"{title}, more", shown, unit, may_be_log)
+    return charts
 
 
 def _accounts(files: RunFiles) -> str:
@@ -130,7 +136,7 @@ def _accounts(files: RunFiles) -> str:
 
 def _events(files: RunFiles) -> str:
     lines = []
-    for row in [row for row in files.rows if "event" in row and row["event"] != "image"][-MAX_EVENTS:]:
+    for row in [row for row in files.rows if row.get("event", "image") not in ("image", "evaluation")][-MAX_EVENTS:]:
         rest = flatten({key: value for key, value in row.items() if key not in PLACE_KEYS})
         told = ", ".join(f"{key} {text(key, value)}" for key, value in rest.items())
         stamp = row.get("time")

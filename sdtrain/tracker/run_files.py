@@ -14,6 +14,7 @@ from sdtrain.tracker.headline import is_number
 from sdtrain.tracker.jsonl import current_rows, read_rows, row_kind
 
 PLACE_KEYS = {"stage", "step", "images", "time", "seconds", "event"}
+ASKED = {"eval": "", "guidance": None, "sampler": None, "num_steps": None, "seed": 0, "weights": "ema"}  # by default
 
 
 @dataclass
@@ -51,6 +52,18 @@ class RunFiles:
         written = [str(row["stage"]) for row in self.rows if row.get("stage")]
         drawn = sorted(path.parent.name for path in self.directory.glob("*/samples"))
         return list(dict.fromkeys([*written, *drawn]))
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """The figures of tools/evaluate.py by what was asked for, the last ones of each, with the step they are of."""
+        found = {}
+        for row in (row for row in self.written if row.get("event") == "evaluation"):
+            asked = {key: row.get(key, default) for key, default in ASKED.items()}
+            name = str(asked.pop("eval")).rpartition("_step_")[0]
+            told = [f"{key.replace('_', ' ')} {value}" for key, value in asked.items() if value != ASKED[key]]
+            figures = {key: value for key, value in row.items() if key not in {*ASKED, *PLACE_KEYS - {"step"}}}
+            found[", ".join([name, *told, f"{row.get('num_pictures')} pictures"])] = figures
+        return found
 
     def curves(self, stage: str) -> tuple[dict[str, list[Point]], dict[str, list[Point]]]:
         """(step, value) pairs of each numeric key: of the training rows, and of those that are neither that nor

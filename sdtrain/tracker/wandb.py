@@ -9,14 +9,12 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from sdtrain.errors import ConfigError
 from sdtrain.tracker.redact import without_secrets
 from sdtrain.tracker.row import edges, histograms, numbers
 
-MODES = ("auto", "online", "offline", "disabled")
 INIT_TIMEOUT_SECONDS = 60.0
 UPLOAD_TIMEOUT_SECONDS = 45.0  # below the fan-out's own limit, so that what was uploaded by then is kept
 PLACE_KEYS = {"event", "stage", "step", "images", "time"}
@@ -30,9 +28,9 @@ class WandbTracker:
     artifacts mirror them, so that it draws which stage came from which.
     """
 
-    def __init__(self, project: str = "sdtrain", mode: str = "auto") -> None:
-        if mode not in MODES:
-            raise ConfigError(f"tracker.mode={mode} is unknown; choose one of {', '.join(MODES)}")
+    def __init__(
+        self, project: str = "sdtrain", mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    ) -> None:
         self.project = project
         self.mode = mode
         self._run: Any = None

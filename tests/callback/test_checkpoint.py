@@ -55,6 +55,26 @@ def test_two_halves_equal_the_whole(tmp_path, half, accumulate):
     assert second == whole != first
 
 
+class Steps(Callback):
+    """Of each micro-batch, the optimizer steps before it."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 4), (2, 4), (3, 2), (2, 1)])
+def test_another_number_of_micro_batches_begins_with_a_whole_step(tmp_path, before, after):
+    """The guard: Lightning counts micro-batches of the run so far, so the step after 3 of one would be half of one."""
+    fit(tmp_path, max_steps=3, accumulate=before)
+    for max_steps, start in ((5, 3), (6, 5)):
+        steps_seen = Steps()
+        fit(tmp_path, max_steps=max_steps, accumulate=after, resume="must", fault=steps_seen)
+        assert steps_seen.seen == [step for step in range(start, max_steps) for _ in range(after)]
+
+
 def test_the_last_step_is_saved_as_a_longer_fit_saves_it(tmp_path):
     saved = []
     for max_steps, every_steps in ((5, 100), (6, 5)):
@@ -125,6 +145,21 @@ def test_the_best_stays_through_a_resume(tmp_path):
         best = {"metric": "val/loss", "mode": "min"}
         fit_with(tmp_path, Checkpoint(1, keep_last=1, keep_best=best), max_steps=max_steps)
     assert steps(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path, mode):
+    """The guard: whatever is compared with NaN, the first of them would stay the best for good."""
+
+    class NoNumber(Measured):
+        def act(self, trainer, pl_module):
+            super().act(trainer, pl_module)
+            if trainer.global_step == 2:
+                self.last_figures = {"val/loss": float("nan")}
+
+    checkpoint = Checkpoint(2, keep_last=1, keep_best={"metric": "val/loss", "mode": mode})
+    fit(tmp_path, saving=[NoNumber(), checkpoint], max_steps=10)
+    assert steps(tmp_path) == [4 if mode == "min" else 8, 10]
 
 
 def test_a_metric_that_is_not_measured_is_told(tmp_path):

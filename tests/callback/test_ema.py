@@ -1,5 +1,7 @@
 """The averages in a real fit: once an optimizer step, saved and restored with the run, kept for later."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -50,7 +52,7 @@ class Late(SingleDeviceStrategy):
     restore_checkpoint_after_setup = True
 
 
-def fit(max_steps, accumulate=1, resume=None, directory=None, strategy="auto", **options):
+def fit(max_steps, accumulate=1, resume=None, directory=Path("nowhere"), strategy="auto", **options):
     stage = Averaged()
     stage.context = Context("layers", directory, directory, NullTracker(), 0, 2, max_steps)
     first = stage.layer.weight.detach().clone()
@@ -148,6 +150,19 @@ def test_snapshots_are_kept_for_good(tmp_path, accumulate):
     assert torch.equal(averages["layer.weight"], stage.ema.shadows[1][0])
 
 
+def test_snapshots_after_the_step_that_a_fit_goes_on_from_are_of_a_line_given_up(tmp_path):
+    """The guard: after resume=never or a rollback, tools/ema.py would mix two trainings, and take the newest step of
+    the one that is gone.
+    """
+    options = {"directory": tmp_path, "lengths": [0.05, 0.1], "snapshot_every_steps": 2}
+    fit(4, **options)[0].trainer.save_checkpoint(tmp_path / "state.ckpt")
+    fit(8, **options)
+    for resume, names in ((tmp_path / "state.ckpt", ["step_00000002", "step_00000004"]), (None, [])):
+        (tmp_path / "ema" / "step_00000008.tmp").mkdir()  # of a save that was killed
+        fit(5, resume=resume, **options | {"snapshot_every_steps": 100})
+        assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == names
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -157,6 +172,8 @@ def test_snapshots_are_kept_for_good(tmp_path, accumulate):
         ({"lengths": [0.1, 0.1001]}, "must differ in the third decimal"),
         ({"decay": 0.9, "snapshot_every_steps": 5}, "snapshot_every_steps=5 must be 1 or more, and needs lengths"),
         ({"lengths": [0.1], "snapshot_every_steps": 0}, "snapshot_every_steps=0 must be 1 or more"),
+        ({"decay": 1.0}, "decay=1.0 must be from 0 on and below 1"),
+        ({"decay": -0.1}, "decay=-0.1 must be"),
     ],
 )
 def test_what_cannot_be_is_refused(options, told):

@@ -1,10 +1,14 @@
 """How the ranks of a run tell each other, and a launcher, that it is over."""
 
+import errno
 import json
 import os
+import shlex
 import signal
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +83,38 @@ def test_a_rank_that_lost_the_first_one_does_not_take_the_blame(tmp_path):
     end(tmp_path, torch.distributed.DistBackendError("NCCL"), rank=1)
     assert not (tmp_path / "exit_rank1.json").exists()
     assert read(tmp_path)["reason"].startswith("rank 1: crashed: DistBackendError")
+
+
+def test_a_row_that_finds_the_disk_full_is_a_line_and_not_a_bug(tmp_path, monkeypatch):
+    """The guard: DIR/exit.json does not fit either, and hid the reason."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def write_text(*_):
+        raise full
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+
+    def finish():
+        asked.append(True)
+        raise full  # of the row that is still in the file's buffer
+
+    asked = []
+    with pytest.raises(ConfigError) as raised, ending.recorded(tmp_path, 0, finish):
+        raise full
+    error = raised.value
+    assert str(error).startswith(f"cannot write in {tmp_path}: No space left on device (")
+    assert "bytes free); the checkpoints are intact" in str(error)
+    assert asked
+    assert error.__cause__ is full
+    assert not any(tmp_path.iterdir())
+    missing = OSError(errno.ENOENT, "No such file or directory")
+    assert end(tmp_path, missing)[0] is missing
+
+
+def test_what_continues_a_run_does_not_begin_it_anew(monkeypatch):
+    typed = ["python", "-m", "sdtrain", "+experiment=smoke", "resume=never", "name='a b'"]
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    assert shlex.split(ending.next_command()) == [*typed[:4], typed[5]]
 
 
 def test_what_an_attempt_left_is_forgotten(tmp_path):

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from sdtrain.conditioner.dropout import dropped
+from sdtrain.conditioner.image import MaskedImage, SourceImage
+from sdtrain.conditioner.label import Label
+from sdtrain.conditioner.text import Text
+from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
 NUM = 20_000
@@ -28,3 +32,18 @@ def test_it_goes_by_sample():
     whole = dropped(Draw(0, ids, ids * 0), 0.5)
     assert torch.equal(torch.cat([dropped(Draw(0, part, part * 0), 0.5) for part in ids.split(10)]), whole)
     assert not torch.equal(dropped(Draw(0, ids, ids * 0 + 1), 0.5), whole)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda share: Text(width=16, num_heads=1, vocab_size=270, dropout=share), "dropout"),
+        (lambda share: Label(3, dropout=share), "dropout"),
+        (lambda share: SourceImage(dropout=share), "dropout"),
+        (lambda share: MaskedImage(whole=share), "whole"),
+    ],
+)
+def test_what_is_no_share_is_refused(make, name, share):
+    with pytest.raises(ConfigError, match=f"{name}={share} must be a share, 0 to 1"):
+        make(share)

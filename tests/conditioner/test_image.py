@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from sdtrain.build import build
 from sdtrain.conditioner.image import LowResolution, MaskedImage, SourceImage
 from sdtrain.config import load_config
-from sdtrain.diffusion.path import VariancePreserving
+from sdtrain.diffusion.path import RectifiedFlow, VariancePreserving
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
@@ -88,6 +88,30 @@ def test_noise_levels_below_the_greatest(batch):
     assert (int(level.min()), int(level.max())) == (0, 349)
     assert level.dtype == torch.int64
     assert abs(float(level.float().mean()) - 174.5) < 6
+
+
+def test_the_noise_level_that_is_asked_for(batch):
+    batch = batch | {"image": torch.zeros(2, 3, 8, 4)}
+    told = LowResolution(PATH)(batch | {"noise_level": [0, 349]})
+    assert told["class_labels"].tolist() == [0, 349]
+    spread = told["concat"].flatten(1).std(dim=1)
+    assert float(spread[1] / spread[0]) > 10
+    for wrong in (350, -1, "20"):
+        with pytest.raises(ConfigError, match=f"noise_level={wrong!r} must be a whole number from 0 to 349"):
+            LowResolution(PATH)(batch | {"noise_level": [0, wrong]})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"max_noise_level": 10}, "noise_level=20 must be a whole number from 0 to 9"),
+        ({"max_noise_level": 1001}, "max_noise_level=1001 must be 1 to 1000"),
+        ({"path": RectifiedFlow()}, "must be VariancePreserving, not RectifiedFlow"),
+    ],
+)
+def test_levels_that_were_never_trained_are_refused(wrong, expected):
+    with pytest.raises(ConfigError, match=expected):
+        LowResolution(**{"path": PATH} | wrong)
 
 
 def test_a_picture_is_made_small(batch):

@@ -30,6 +30,13 @@ def test_a_batch_may_say_the_label_itself():
         Label(3, key=None, names=["cat", "dog"])({"caption": ["cat"], "label": ["cow"]})
 
 
+def test_of_data_with_names_a_number_is_no_class_unless_the_batch_says_it_itself():
+    label = Label(3, key=None, names=["cat", "dog"])
+    with pytest.raises(ConfigError, match="sample number 0: its caption is '1', not a name of conditioner.names"):
+        label({"caption": ["1"]})
+    assert label({"caption": ["1"], "label": ["1"]})["class_labels"].tolist() == [1]
+
+
 def test_null_is_one_class_more():
     label = Label(11)
     assert label.unconditional(batch(0, 1))["class_labels"].tolist() == [10, 10]

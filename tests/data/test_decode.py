@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, JpegImagePlugin
 
+from sdtrain.data import decode
 from sdtrain.data.bad_sample import REASONS, BadSample
 from sdtrain.data.decode import decode_image
 
@@ -431,3 +432,40 @@ def test_running_out_of_memory_is_no_bad_sample(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(MemoryError):
         square(encode(Image.new("RGB", (32, 32))))
+
+
+@pytest.mark.parametrize("size", [(128, 96), (64, 111)])
+def test_a_large_picture_is_resized_in_strips(monkeypatch, size):
+    data = encode(scene(301, 203))
+    whole = Image.open(io.BytesIO(data))
+    (down, across), factor = slack(whole, *size)
+    top, left = (int(down) + 1) // 2, (int(across) + 1) // 2
+    box = (left, top, min(left + size[1] * factor, 301), min(top + size[0] * factor, 203))
+    expected = np.asarray(whole.resize(size[::-1], Image.Resampling.LANCZOS, box=box)).astype(int)
+    monkeypatch.setattr(decode, "_MAX_COPIED_PIXELS", 1000)
+    monkeypatch.setattr(decode, "_STRIP_ROWS", 7)
+    assert np.abs(decode_image(data, *size).pixels - expected).max() <= 1
+
+
+def test_several_scans_are_seen():
+    image, exif = scene(64, 64), Image.Exif()
+    exif[0x010E] = b"a thumbnail: \xff\xda"
+    whole = encode(image, "JPEG")
+    assert not decode._has_several_scans(whole, 3)
+    assert not decode._has_several_scans(encode(image, "JPEG", exif=exif), 3)
+    assert not decode._has_several_scans(encode(image.convert("L"), "JPEG"), 1)
+    assert decode._has_several_scans(encode(image, "JPEG", progressive=True), 3)
+    start = whole.index(b"\xff\xda") + 4
+    assert decode._has_several_scans(whole[:start] + b"\1" + whole[start + 1 :], 3)
+    assert decode._has_several_scans(whole[:20], 3)  # nobody knows
+
+
+def test_a_jpeg_whose_coefficients_are_kept_is_held_to_its_memory(monkeypatch):
+    monkeypatch.setattr(decode, "MAX_DECODING_BYTES", 500_000)
+    image = scene(400, 400)
+    assert reason(encode(image, "JPEG", progressive=True, subsampling=0)) == "too_many_pixels"
+    assert square(encode(image, "JPEG", progressive=True, subsampling=2), 16).shape == (16, 16, 3)
+    assert square(encode(image, "JPEG", subsampling=0)).shape == (32, 32, 3)
+    with pytest.raises(BadSample, match="decoding takes"):
+        decode_image(encode(image, "JPEG"), 20, 20, is_whole=True)
+    assert decode_image(encode(image, "JPEG"), 300, 300).pixels.shape == (300, 300, 3)  # as large a target may

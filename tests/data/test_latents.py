@@ -15,6 +15,7 @@ from sdtrain.data.datamodule import ShardDataModule
 from sdtrain.data.index import build_index
 from sdtrain.data.latent_file import (
     ABOUT,
+    JOB,
     PREPROCESSING,
     PartWriter,
     find_damage,
@@ -24,6 +25,7 @@ from sdtrain.data.latent_file import (
     start,
 )
 from sdtrain.data.latents import LatentDataModule
+from sdtrain.data.text_file import encoder_folder, finish_text, text_job, write_text_part
 from sdtrain.data.view import to_float
 from sdtrain.errors import ConfigError
 from sdtrain.stage.latents import check_latents, identity
@@ -236,3 +238,120 @@ def test_a_stopped_job_goes_on_and_makes_the_same(shards, precompute, tmp_path):
 def test_samples_without_a_stand_in_cannot_be_dropped(tmp_path):
     with pytest.raises(ConfigError, match="caption.empty"):
         LatentDataModule(str(tmp_path), caption=CaptionRule(empty="drop"))
+
+
+@pytest.fixture
+def embed():
+    """embed(a cache) -> its folder of the embeddings of an encoder that counts letters."""
+
+    def make(out):
+        about = read_about(out)
+        job = text_job(about, {"weight_hash": "x", "width": 2, "pooled_width": 3, "max_tokens": 12})
+        here = encoder_folder(out, job["encoder"])
+        start(here, job)
+
+        def encode(captions):
+            tokens = [np.array([[ord(letter), 1] for letter in text], np.float16) for text in captions]
+            return [(states, np.full(3, len(states), np.float16)) for states in tokens]
+
+        for part in range(len(about["parts"])):
+            write_text_part(out, here, about, part, encode)
+        finish_text(here, about, job)
+        return here
+
+    return make
+
+
+def flip_bit(path, byte):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 0x10
+    path.write_bytes(data)
+
+
+def places_of(out, here):
+    """Files and bytes of everything that is stored of one row, by what it is."""
+    table, texts = np.load(out / "table.npy"), np.load(here / "table.npy")
+    number = 5
+    row, text = table[number], texts[number]
+    path, size = part_paths(out, row["part"])[0], 4 * 4 * int(row["size"].prod())
+    first = int(row["offset"])
+    caption = first + 2 * size
+    found = {"latent": (path, first + 9), "mirrored": (path, first + size), "caption": (path, caption + 1)}
+    found["json"] = (path, caption + int(row["caption_bytes"]) + 3)
+    states = part_paths(here, text["part"])[0]
+    found["states"] = (states, int(text["offset"]) + 1)
+    found["pooled"] = (states, int(text["offset"]) + 4 * int(text["num_tokens"]) + 5)
+    for name, folder, kind in (("row", out, table.dtype), ("text", here, texts.dtype)):
+        head = (folder / "table.npy").stat().st_size - len(table) * kind.itemsize
+        for field, (_, offset) in kind.fields.items():
+            found[f"{name}.{field}"] = (folder / "table.npy", head + number * kind.itemsize + offset)
+    return number, found
+
+
+def test_a_flipped_bit_of_anything_that_is_stored_is_replaced_and_counted(shards, precompute, embed, tmp_path):
+    out = precompute(shards(), has_flips=True)
+    here = embed(out)
+    number, found = places_of(out, here)
+    assert len(found) == 6 + 9 + 4
+    whole = module(out, flip=True)._reader("train")
+    if number not in whole.index.columns["latent_row"]:
+        pytest.fail("the row that is damaged is held out")
+    place = int(np.flatnonzero(whole.index.columns["latent_row"] == number)[0])
+    epochs = {}
+    for epoch in range(20):
+        epochs.setdefault(whole._drawn(np.array([place]), np.array([epoch]))[0][0], epoch)
+    for name, (path, byte) in found.items():
+        kept = path.read_bytes()
+        flip_bit(path, byte)
+        data = module(out, flip=True)
+        data.connect(3, 8, directory=tmp_path / f"run_{name}")
+        reader, is_mirrored = data._reader("train"), name == "mirrored"
+        ids = np.array([place, place + 2])
+        batch = reader.batch(ids, np.full(2, epochs[is_mirrored]))
+        expected = whole.batch(ids + [1, 0], np.full(2, epochs[is_mirrored]))
+        assert batch["sample_id"].tolist() == ids.tolist()
+        for key in ("caption", "key", "attributes"):
+            assert batch[key] == expected[key], (name, key)
+        for key in (key for key in batch if key.startswith("text_")):
+            assert torch.equal(batch[key], expected[key]), (name, key)
+        views = list(whole._stored(np.array([place + 1] * 2), [False, True]))
+        assert bytes(batch["latent"][0].numpy().tobytes()) == bytes(views[is_mirrored][0]), name
+        told = data.accounting()
+        assert (told["replaced"], told["replaced/crc_mismatch"]) == (1, 1), name
+        assert "crc_mismatch" in reader._accounting.quarantine.path.read_text()
+        path.write_bytes(kept)
+    clean = module(out, flip=True)
+    clean._reader("train").batch(np.arange(8), np.zeros(8, np.int64))
+    assert clean.accounting()["replaced"] == 0
+
+
+def test_a_flipped_bit_of_the_index_is_refused_by_name(shards, precompute):
+    out = precompute(shards())
+    for path in sorted(out.glob("index.*.npy")):
+        kept = path.read_bytes()
+        flip_bit(path, len(kept) - 1)
+        with pytest.raises(ConfigError, match=f"{path.name} is not what was written"):
+            module(out)
+        path.write_bytes(kept)
+    module(out)
+
+
+def test_without_a_whole_sample_it_ends(shards, precompute):
+    out = precompute(shards())
+    for part in range(5):
+        path = part_paths(out, part)[0]
+        path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+    with pytest.raises(ConfigError, match=r"crc_mismatch|no whole sample"):
+        taken(module(out), 8)
+
+
+def test_a_cache_without_checksums_is_refused_by_its_version(shards, precompute):
+    out, made = precompute(shards()), shards()
+    for name in (ABOUT, JOB):
+        about = json.loads((out / name).read_text())
+        del about["v"]
+        (out / name).write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match="version 1, this reads 2, .* remove it and make it again"):
+        module(out)
+    with pytest.raises(ConfigError, match="version 1, this reads 2"):
+        precompute(made)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -65,6 +66,24 @@ def test_what_was_left_out_is_told(make_folder, shards, tmp_path):
     assert [shard["address"] for shard in about["shards"]] == [shard.name for shard in shards]
     assert about["num_samples"] == 9
     assert {loss.reason for loss in build_index([folder]).losses} == {"no_image", "no_caption", "compressed"}
+
+
+def test_empty_shards_are_counted_and_named(make_folder, shards, tmp_path):
+    empty = [tmp_path / "shards" / f"empty-{number}.tar" for number in range(2)]
+    for number, path in enumerate(empty):
+        with tarfile.open(path, "w") as tar:
+            if number:  # a member, but of no sample
+                tar.addfile(tarfile.TarInfo("readme.rst"))
+    folder, about = make_folder(addresses=[*map(str, shards), *map(str, empty)])
+    told, loose = (
+        [(loss.shard, loss.count) for loss in build_index(where).losses if loss.reason == "empty_shard"]
+        for where in ([folder], [*shards, *empty])
+    )
+    assert told == [("empty-0.tar and 1 more", 2)]
+    assert loose == [("empty-0.tar", 1), ("empty-1.tar", 1)]
+    lines = [json.loads(line) for line in (folder / REJECTED).read_text().splitlines()]
+    assert [line["shard"] for line in lines if line["reason"] == "empty_shard"] == ["empty-0.tar", "empty-1.tar"]
+    assert about["num_samples"] == 9
 
 
 def test_nothing_to_index(make_folder, tmp_path):

@@ -103,6 +103,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         RenderedDataModule(str(tmp_path / "file"), Words(), **SIZES).prepare_data()
 
 
+def test_no_pictures_to_train_on_are_refused_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="num_train=0 num_val=12"):
+        RenderedDataModule(str(tmp_path), Words(), **SIZES | {"num_train": 0})
+    assert not any(tmp_path.iterdir())
+
+
 def test_more_pictures_than_are_rendered_at_once(tmp_path):
     module = RenderedDataModule(str(tmp_path), Words(), num_train=501, num_val=1, num_held_out=1)
     module.prepare_data()

@@ -19,8 +19,10 @@ from sdtrain.build import build
 from sdtrain.config import load_config
 from sdtrain.data.caption import CaptionRule
 from sdtrain.data.lane import Lanes, LaneStream
+from sdtrain.data.quarantine import Quarantine
 from sdtrain.data.retry import Retry
 from sdtrain.data.sequential import SequentialDataModule
+from sdtrain.data.steady import LocalFile
 from sdtrain.errors import ConfigError
 
 QUICK = Retry(3, 0.01, 0.02)
@@ -227,6 +229,13 @@ def test_a_sample_has_its_number_wherever_it_is_read(make_shards):
     assert all(named[0][number] == named[1][number] for number in named[0].keys() & named[1].keys())
 
 
+def test_shards_of_one_name_in_two_folders_share_no_number(make_shards, tmp_path):
+    shard = make_shards(5)[0]
+    (other := tmp_path / "other" / shard.name).parent.mkdir()
+    other.write_bytes(shard.read_bytes())
+    assert len({sample.sample_id for sample in lanes([shard, other]).once()}) == 10
+
+
 def test_accumulation_counts_steps(make_shards):
     batches = stream(lanes(make_shards(8)), 6, num_accumulate=3, step=10)
     assert [batch["cursor"]["step"] for batch in batches] == [11, 11, 11, 12, 12, 12]
@@ -260,7 +269,7 @@ def test_workers_count_side_by_side(make_shards):
     made = lanes(make_shards(4), num_workers=2)
     for worker in (0, 1, 1):
         made.enter_worker(worker)
-        made.losses.add("no_image")
+        made.losses.count("no_image")
     assert made.losses._counts.sum(dim=1).tolist() == [0, 1, 2]
     assert made.report()["lost/no_image"] == 3
 
@@ -329,7 +338,8 @@ def test_what_other_readers_run_is_never_opened(tmp_path, make_sample):
     members += [("../../up.png", good["png"]), ("0x.__bad__", b""), ("1.__key__", b"9")]
     made = lanes([tar_of(tmp_path / "x.tar", members)])
     assert numbers(made.once()) == [0]
-    assert made.report() == {"read": 0, "decoded": 1, "replaced": 0, "lost/bad_key": 1, "lost/forbidden_suffix": 5}
+    lost = {"lost/bad_key": 1, "lost/forbidden_suffix": 5, "lost/ignored_member": 2}
+    assert made.report() == {"read": 0, "decoded": 1, "replaced": 0} | lost
     assert not (tmp_path / "ran").exists()
 
 
@@ -340,6 +350,18 @@ def test_members_that_are_no_plain_files_end_the_shard(tmp_path, make_sample, ki
     made = lanes([tar_of(tmp_path / "x.tar", members)])
     assert list(made.once()) == []
     assert made.report() == {"read": 0, "replaced": 0, "lost/refused_member": 1, "lost/incomplete": 1}
+
+
+def test_members_of_no_sample_are_counted(tmp_path, make_sample):
+    """A key ends at the first dot of a name: `img.v1.png` is no picture."""
+    good = make_sample(0)
+    members = [("0.png", good["png"]), ("0.txt", b"picture 0"), ("0.json", good["json"])]
+    members += [("img.v1.png", good["png"]), ("img.v1.txt", b"one")]
+    shards = [tar_of(tmp_path / "x.tar", members), tar_of(tmp_path / "empty.tar", [])]
+    made = lanes(shards)
+    assert numbers(made.once()) == [0]
+    lost = {"lost/ignored_member": 2, "lost/empty_shard": 1}
+    assert made.report() == {"read": 0, "decoded": 1, "replaced": 0} | lost
 
 
 def test_interleaved_members_are_told(tmp_path, make_sample):
@@ -371,6 +393,53 @@ def test_one_broken_shard_among_many_does_not(make_shards):
     assert made.report()["lost/cut_off"] >= 2
 
 
+def test_what_is_lost_is_written_down_once(tmp_path, make_shards, make_sample):
+    shards = make_shards([make_sample(n, **({"png": None} if n == 5 else {})) for n in range(40)], per_shard=4)
+    shards[3].write_bytes(shards[3].read_bytes()[:3000])
+    made = lanes(shards)
+    made.accounting.quarantine = Quarantine(tmp_path)
+    for _ in range(2):
+        list(made.once())
+    rows = [json.loads(line) for line in (tmp_path / "rank0-main.jsonl").read_text().splitlines()]
+    found = {(row["reason"], row["shard"].rpartition("/")[2], row["key"], row["exception"]) for row in rows}
+    broken = ("cut_off", shards[3].name, "", "Defect")
+    assert found == {("no_image", shards[1].name, "000005", "BadSample"), broken} | {
+        ("incomplete", shards[3].name, row["key"], "BadSample") for row in rows if row["reason"] == "incomplete"
+    }
+    assert len(rows) == 3
+    assert made.report()["lost/cut_off"] == made.report()["lost/no_image"] == 2
+
+
+def test_too_many_broken_shards_end_the_run(tmp_path, make_shards):
+    shards = make_shards(200, per_shard=2)
+    for shard in shards[:21]:
+        shard.write_bytes(shard.read_bytes()[:2000])
+    made = lanes(shards, max_bad_fraction=0.05)
+    made.accounting.quarantine = Quarantine(tmp_path)
+    with pytest.raises(ConfigError, match=r"shards broke off: cut_off \d+; .*each is in .*rank0-main.jsonl"):
+        stream(made, 1000)
+    for shard in shards[5:21]:
+        shard.write_bytes(shards[30].read_bytes())
+    made = lanes(shards, max_bad_fraction=0.05)
+    stream(made, 200)  # the same five in every epoch are one in twenty
+    assert made.report()["lost/cut_off"] > 9
+
+
+def test_a_disk_that_fails_for_a_moment(make_shards, monkeypatch):
+    shards, fails = make_shards(20, per_shard=10), iter([True, False, True, True, False])
+    real = LocalFile._open
+
+    def flaky(self):
+        if next(fails, False):
+            raise OSError(5, "Input/output error")
+        return real(self)
+
+    monkeypatch.setattr(LocalFile, "_open", flaky)
+    made = lanes(shards)
+    assert sorted(numbers(made.once())) == list(range(20))
+    assert made.report() == {"read": 0, "decoded": 20, "retries": 3, "replaced": 0}
+
+
 @pytest.mark.parametrize("behaviour", ["plain", "busy", "cut", "ranges"])
 def test_http_gives_what_the_files_give(make_shards, server, behaviour):
     shards = make_shards(20, per_shard=5)
@@ -378,6 +447,7 @@ def test_http_gives_what_the_files_give(make_shards, server, behaviour):
     there = lanes([f"{server.url}/{behaviour}/{shard.name}" for shard in shards], shuffle_samples=4)
     for here, far in zip(stream(local, 12), stream(there, 12)):
         assert torch.equal(here.pop("image"), far.pop("image"))
+        assert (here.pop("sample_id") != far.pop("sample_id")).all()  # the address is another
         assert here.keys() == far.keys()
         assert all(torch.equal(here[k], far[k]) if torch.is_tensor(here[k]) else here[k] == far[k] for k in here)
     assert not any(name.startswith("lost/") for name in there.report())
@@ -386,7 +456,7 @@ def test_http_gives_what_the_files_give(make_shards, server, behaviour):
 
 def test_a_server_that_stalls_is_left(make_shards, server, monkeypatch):
     (shard,) = make_shards(5)
-    monkeypatch.setattr("sdtrain.data.download.open_once.__wrapped__.__defaults__", (0.3,))
+    monkeypatch.setattr("sdtrain.data.steady.open_once.__wrapped__.__defaults__", (0.3,))
     start = time.monotonic()
     assert sorted(numbers(lanes([f"{server.url}/stall/{shard.name}"]).once())) == list(range(5))
     assert time.monotonic() - start < 10

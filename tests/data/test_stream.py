@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from sdtrain.data.index import build_index
 from sdtrain.data.order import Order
 from sdtrain.data.plan import START, Layout, Plan
 from sdtrain.data.reader import Reader
-from sdtrain.data.stream import Loader, Stream
+from sdtrain.data.stream import Loader, Stream, _packed, _unpacked
 from sdtrain.errors import ConfigError
 
 BATCH = 8
@@ -293,3 +294,17 @@ def test_image_is_float_in_range(index):
     batch = next(iter(Stream(Reader(index, 16), plan_of(index))))
     assert batch["image"].dtype == torch.float32
     assert -1 <= batch["image"].min() <= batch["image"].max() <= 1
+
+
+def test_small_tensors_travel_in_the_message():
+    """Each that does not costs the main process a connection to the worker."""
+    batch = {"image": torch.rand(8, 3, 32, 32), "sample_id": torch.arange(8), "place": torch.zeros(0), "caption": ["a"]}
+    packed = _packed(batch)
+    assert [name for name, value in packed.items() if torch.is_tensor(value)] == ["image"]
+    found = _unpacked(pickle.loads(pickle.dumps(packed)))
+    assert found.keys() == batch.keys()
+    assert found["caption"] == ["a"]
+    for name in ("image", "sample_id", "place"):
+        assert torch.equal(found[name], batch[name])
+        assert found[name].dtype == batch[name].dtype
+        found[name].zero_()  # ours to write

@@ -186,3 +186,14 @@ def test_fuzz():
         assert all(0 < start <= stop <= len(data) for start, stop in places)
         assert all(stop <= start for (_, stop), (start, _) in zip(places, places[1:]))
     assert reasons == {"", "bad_header", "cut_off", "refused_member", "data_after_end"}
+
+
+def test_an_owner_in_a_pax_header_is_no_matter():
+    """What Python's tarfile writes for a user above 2097151, or with an umlaut."""
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.size, info.uid, info.gid, info.uname, info.gname = 1, 3_000_000, 3_000_000, "jörg", "größe"
+        tar.addfile(info, io.BytesIO(b"x"))
+    found, reason = walked(file.getvalue())
+    assert [member.name for member in found] == ["a.txt"]
+    assert reason == ""

@@ -158,6 +158,18 @@ def test_shards_in_sequence(make_shards):
     assert torch.equal(batch["source"], indexed["source"])
 
 
+def test_a_sample_whose_mask_is_broken_is_kept_until_masks_are_read(make_shards):
+    """Guard: what was held before is read again."""
+    samples = [with_companions(number) for number in range(8)]
+    samples[2]["mask.png"] = b"no picture"
+    data = SequentialDataModule(str(make_shards(samples)[0]), image_size=24)
+    data.connect(0, 4)
+    assert data.splits["val"] == 8
+    data.accompany(["mask"])
+    assert data.splits["val"] == 7
+    assert len(data.load("val", range(7))["key"]) == 7
+
+
 def test_a_run_without_any_says_what_is_missing(make_shards, capsys):
     data = ShardDataModule(str(make_shards(8)[0]), val=0.25, image_size=16)
     data.accompany(["caption", "mask"])

@@ -8,6 +8,7 @@ from sdtrain.errors import ConfigError
 
 COND = {"context": torch.full((2, 1, 1), 3.0), "concat": torch.full((2, 1, 1, 1), 5.0)}
 NULL = {"context": torch.full((2, 1, 1), 1.0), "concat": torch.full((2, 1, 1, 1), 5.0)}
+SAID = {"context": torch.zeros(2, 1, 1)}
 X = torch.arange(2.0).view(2, 1, 1, 1)
 
 
@@ -49,25 +50,55 @@ def test_rescaling_moves_the_spread_of_each_picture_back(share):
     def network(x, t, cond):
         return torch.cat((told, null)) if len(x) == 4 else told
 
-    found = ClassifierFree(7.5, rescale=share)(network, {}, {})(x, 0.5)
+    found = ClassifierFree(7.5, rescale=share)(network, SAID, SAID)(x, 0.5)
     guided = null + 7.5 * (told - null)
     for picture in range(2):
         factor = told[picture].std() / guided[picture].std()
         torch.testing.assert_close(found[picture], share * guided[picture] * factor + (1 - share) * guided[picture])
-    assert torch.equal(ClassifierFree(1.0, rescale=share)(network, {}, {})(x, 0.5), told)
+    assert torch.equal(ClassifierFree(1.0, rescale=share)(network, SAID, SAID)(x, 0.5), told)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_what_is_said_of_the_variance_is_the_conditional_one(rescale):
     told, null = torch.randn(2, 2, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     x = torch.zeros(2, 4, 3, 3)
-    found = ClassifierFree(3.0, rescale=rescale)(lambda x, t, cond: torch.cat((told, null)), {}, {})(x, 0.5)
-    alone = ClassifierFree(3.0, rescale=rescale)(lambda x, t, c: torch.cat((told, null))[:, :4], {}, {})(x, 0.5)
+    found = ClassifierFree(3.0, rescale=rescale)(lambda x, t, cond: torch.cat((told, null)), SAID, SAID)(x, 0.5)
+    alone = ClassifierFree(3.0, rescale=rescale)(lambda x, t, c: torch.cat((told, null))[:, :4], SAID, SAID)(x, 0.5)
     assert torch.equal(found, torch.cat((alone, told[:, 4:]), dim=1))
 
 
-def test_an_empty_conditioning_stays_empty():
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+@pytest.mark.parametrize("image_scale", [1.0, 1.5])
+def test_a_picture_to_edit_has_a_scale_of_its_own(scale, image_scale):
+    """As StableDiffusionInstructPix2PixPipeline has it (Brooks et al. 2023, equation 3)."""
+    text, image = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    told = {"context": text, "concat": image}
+    null = {name: torch.zeros_like(value) for name, value in told.items()}
+
+    def network(x, t, cond):
+        return x + cond["context"] + torch.tanh(cond["concat"] * (2 + cond["context"]))
+
+    x = torch.ones(2, 1, 4, 4)
+    found = ClassifierFree(scale, image_scale=image_scale)(network, told, null)(x, 0.5)
+    both, picture, nothing = (network(x, 0.5, c) for c in (told, {**null, "concat": image}, null))
+    torch.testing.assert_close(found, nothing + scale * (both - picture) + image_scale * (picture - nothing))
+    if scale == image_scale == 1:
+        assert torch.equal(found, both)
+    same = ClassifierFree(scale, image_scale=scale)(network, told, null)(x, 0.5)
+    torch.testing.assert_close(same, ClassifierFree(scale)(network, told, null)(x, 0.5))
+
+
+@pytest.mark.parametrize("told", [(COND, NULL), ({}, {})])
+def test_a_scale_of_a_picture_that_is_always_there_is_refused(network, told):
+    with pytest.raises(ConfigError, match="sampler.guidance.image_scale needs a picture that training leaves out"):
+        ClassifierFree(3.0, image_scale=1.5)(network, *told)
+
+
+def test_without_a_condition_there_is_nothing_to_guide_by_and_it_costs_half():
     assert stack({}, {}) == {}
+    sizes = []
+    ClassifierFree(3.0)(lambda x, t, cond: sizes.append(len(x)), {}, {})(X, 0.5)
+    assert sizes == [2]
 
 
 @pytest.mark.parametrize(

@@ -170,3 +170,11 @@ def test_what_cannot_be_is_refused():
         VariancePreserving(num_steps=1)
     with pytest.raises(ConfigError, match="sigma_min=0.0"):
         EDM(sigma_min=0.0)
+    for betas in ({"beta_end": 1.2}, {"beta_start": 0.0}, {"beta_start": -0.1}):
+        with pytest.raises(ConfigError, match="must lie between 0 and 1"):
+            VariancePreserving(**betas)
+    with pytest.raises(ConfigError, match="time_scale=0 must be above 0"):
+        RectifiedFlow(time_scale=0)
+    for wrong in ({"rho": -1.0}, {"rho": 0}, {"time_scale": 0.0}):
+        with pytest.raises(ConfigError, match="must be above 0"):
+            EDM(**wrong)

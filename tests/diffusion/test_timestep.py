@@ -7,6 +7,7 @@ import torch
 
 from sdtrain.diffusion.path import EDM, RectifiedFlow, VariancePreserving
 from sdtrain.diffusion.timestep import LogitNormal, LogNormal, LowDiscrepancy, Uniform
+from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
 DRAW, PATH = Draw.of(0, 40_000), RectifiedFlow()
@@ -144,3 +145,12 @@ def test_a_steps_times_in_a_run_are_even(train, small, whole, tmp_path, monkeypa
     assert len(steps) == 4
     for step in (torch.cat(steps[:2]), torch.cat(steps[2:]), torch.cat(steps)):
         assert gap(step) < 1.9
+
+
+def test_what_cannot_be_is_refused():
+    for shift in (0.0, -1.0):
+        with pytest.raises(ConfigError, match=f"timestep.shift={shift} must be above 0"):
+            LogitNormal(shift=shift)
+    for num_steps in (0, 1):
+        with pytest.raises(ConfigError, match=f"timestep.num_steps={num_steps} must be at least 2"):
+            Uniform(num_steps)

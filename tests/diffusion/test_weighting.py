@@ -9,6 +9,7 @@ from sdtrain.diffusion.path import EDM as EDMPath
 from sdtrain.diffusion.path import RectifiedFlow, VariancePreserving
 from sdtrain.diffusion.prediction import KINDS, spread, target, to_x0
 from sdtrain.diffusion.weighting import EDM, P2, MinSNR, Sigmoid, SoftMinSNR, Unit
+from sdtrain.errors import ConfigError
 
 ZERO_SNR = VariancePreserving(zero_terminal_snr=True)
 PATHS = [RectifiedFlow(), VariancePreserving(), VariancePreserving("cosine"), ZERO_SNR, EDMPath()]
@@ -77,3 +78,10 @@ def test_known_values():
     assert bool((soft <= hard * (1 + 1e-6)).all())
     assert bool((soft >= hard / 2 * (1 - 1e-6)).all())
     assert math.isclose(float(Unit()("v", PATHS[1](TIMES)).unique()), 1.0)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(MinSNR, "gamma"), (SoftMinSNR, "gamma"), (P2, "k")])
+def test_a_weight_below_zero_is_refused(kind, name):
+    for value in (0.0, -5.0):
+        with pytest.raises(ConfigError, match=f"weighting.{name}={value} must be above 0"):
+            kind(**{name: value})

@@ -194,6 +194,7 @@ def test_other_text_encoders(loaded, tmp_path, overrides):
             ["objective=v", "objective.prediction=velocity"],
             "no scheduler of diffusers knows a prediction of velocity",
         ),
+        ("inpainting", ["model.in_channels=10"], "takes 9 input channels, those of latents, mask and masked picture"),
         ("none", [], "LDMPipeline draws with a UNet2DModel"),
         ("text", ["+first_stage.use_post_quant_conv=false"], "has no quant_conv and post_quant_conv to fold that into"),
     ],

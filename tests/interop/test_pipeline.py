@@ -267,6 +267,8 @@ def test_no_condition(trained):
     assert np.abs(pixels(four[:1]) - pixels(pipe())).max() <= 1
     with pytest.raises(ConfigError, match="num=0"):
         pipe(num=0)
+    with pytest.raises(ConfigError, match="guidance_scale is given, and this run's model reads nothing"):
+        pipe(guidance_scale=3.0)
     with pytest.raises(ConfigError, match="caption is given, and .* does not read it; it reads nothing"):
         pipe("a star")
 
@@ -309,6 +311,10 @@ def test_a_picture_to_enlarge_says_the_size(loaded):
     assert own[0].size == (96, 64)
     assert differs(own, pipe("a red star", image=plain(250, 240, 20, size=(24, 16))))
     assert pipe("a red star", image=small, size=64)[0].size == (64, 64)
+    assert pipe("a red star", image=small, noise_level=20) == own
+    assert differs(own, pipe("a red star", image=small, noise_level=300))
+    with pytest.raises(ConfigError, match="noise_level=350 must be a whole number from 0 to 349"):
+        pipe("a red star", image=small, noise_level=350)
     with pytest.raises(ConfigError, match="image is missing"):
         pipe("a red star")
     with pytest.raises(ConfigError, match="size=36 must be a multiple of 8"):
@@ -320,6 +326,13 @@ def test_a_picture_to_edit(loaded):
     blue, yellow = plain(20, 60, 200), plain(250, 240, 20)
     assert differs(pipe("red", source=blue), pipe("red", source=yellow))
     assert pipe("red", source=blue) == pipe("red", source=plain(20, 60, 200, size=(128, 96)))
+    both = {"source": blue, "guidance_scale": 3.0}
+    assert not differs(pipe("red", image_guidance_scale=3.0, **both), pipe("red", **both))
+    assert differs(pipe("red", image_guidance_scale=1.5, **both), pipe("red", **both))
+    assert not differs(pipe("red", negative="", **both), pipe("red", **both))  # the null picture stays what it was
+    assert differs(pipe("red", negative="blue", image_guidance_scale=1.5, **both), pipe("red", **both))
+    with pytest.raises(ConfigError, match="image_scale needs a picture that training leaves out"):
+        loaded()("red", image_guidance_scale=1.5)
     with pytest.raises(ConfigError, match="^image is given, and .* does not read it; it reads caption, source$"):
         pipe("red", source=blue, image=blue)
 

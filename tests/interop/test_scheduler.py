@@ -1,17 +1,20 @@
 """The scheduler that an export names steps as our sampler does."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sdtrain.diffusion.guidance import ClassifierFree
 from sdtrain.diffusion.path import EDM, RectifiedFlow, VariancePreserving
 from sdtrain.diffusion.timestep import Uniform
 from sdtrain.diffusion.weighting import Unit
 from sdtrain.errors import ConfigError
-from sdtrain.interop.scheduler import low_resolution_config, scheduler_config
+from sdtrain.interop.scheduler import differs, low_resolution_config, scheduler_config
 from sdtrain.objective.denoising import Denoising
 from sdtrain.sampler.ddim import DDIM
+from sdtrain.sampler.dpmpp import DPMpp
 from sdtrain.sampler.euler import Euler
 
 
@@ -95,6 +98,35 @@ def test_edm():
     x, _ = theirs(scheduler_config(made, sampler, False), NOISE, 10)
     ours = sampler(lambda x, t: made.x0_of(network)(x, t, {}), NOISE, EDM())
     torch.testing.assert_close(x, ours, atol=1e-3 * float(ours.abs().max()), rtol=0)
+
+
+FLOW = objective(RectifiedFlow(), "velocity")
+
+
+@pytest.mark.parametrize(
+    ("made", "is_mmdit", "sampler", "expected"),
+    [
+        (objective(VP, "v"), False, DDIM(spacing="trailing"), None),
+        (objective(VP, "v"), False, Euler(spacing="leading"), None),
+        (objective(VP, "v"), False, DDIM(), "DDIMScheduler .* DDIM with spacing=uniform and shift=1.0"),
+        (objective(VP, "v"), False, DDIM(spacing="linspace"), "spacing=linspace"),  # which diffusers rounds
+        (objective(VP, "v"), False, DDIM(spacing="trailing", eta=1.0), "DDIM"),
+        (objective(VP, "v"), False, Euler(spacing="trailing", heun=True), "Euler"),
+        (objective(VP, "v"), False, Euler(spacing="trailing", shift=2.0), "shift=2.0"),
+        (objective(VP, "v"), False, DPMpp(spacing="trailing"), "DPMpp"),
+        (objective(ZERO, "v"), False, DDIM(spacing="leading"), "spacing=leading"),
+        (objective(EDM(), "v"), False, Euler(spacing="karras"), None),
+        (FLOW, True, Euler(spacing="linspace", shift=3.0), None),
+        (FLOW, True, Euler(), "FlowMatchEulerDiscreteScheduler .* spacing=uniform"),
+        (FLOW, False, Euler(spacing="linspace"), "DPMSolverMultistepScheduler"),  # which cuts its times
+        (FLOW, True, Euler(spacing="linspace", guidance=ClassifierFree(3.0, rescale=0.7)), "guidance.rescale"),
+        (FLOW, True, Euler(spacing="linspace", guidance=ClassifierFree(3.0, interval=(0, 0.5))), "interval"),
+    ],
+)
+def test_a_sampler_that_no_scheduler_steps_as_is_told(made, is_mmdit, sampler, expected):
+    found = differs(scheduler_config(made, sampler, is_mmdit), sampler)
+    assert (found is None) == (expected is None)
+    assert expected is None or re.search(expected, found)
 
 
 def test_a_learned_variance_is_said():

@@ -133,7 +133,7 @@ def alone(state):
 
 def whole(state):
     named = {f"first_stage_model.{name}": tensor for name, tensor in alone(state).items()}
-    return named | {"model.diffusion_model.out.0.bias": torch.zeros(1)}
+    return named | {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(1)}
 
 
 @pytest.mark.parametrize("layout", [legacy, alone, whole])
@@ -146,6 +146,22 @@ def test_a_vae_of_any_age(pipe, other, tmp_path, layout):
     assert equal(pipe.generation.first_stage.state_dict(), vae.state_dict())
     manifest = own_whitening(vae, str(file), 64)
     assert manifest is None if layout is not whole else manifest.latent_std == [1 / 0.18215] * 4
+
+
+@pytest.mark.parametrize(
+    ("names", "scale", "shift"),
+    [
+        (["input_blocks.0.0.bias"], 0.18215, 0.0),
+        (["input_blocks.0.0.bias", "label_emb.0.0.weight"], 0.13025, 0.0),  # SDXL, also without its text encoders
+        (["input_blocks.0.0.bias", "label_emb.weight"], 0.08333, 0.0),  # the upscaler
+        (["joint_blocks.0.x_block.attn.qkv.bias"], 1.5305, 0.0609),  # Stable Diffusion 3
+    ],
+)
+def test_the_scale_of_a_single_file_is_its_familys(other, tmp_path, names, scale, shift):
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.diffusion_model.{name}": torch.zeros(1) for name in names}, file)
+    manifest = own_whitening(other.generation.first_stage, str(file), 64)
+    assert (manifest.latent_mean, manifest.latent_std) == ([shift] * 4, [1 / scale] * 4)
 
 
 def test_a_single_file_of_another_width_is_refused(pipe, loaded, tmp_path):

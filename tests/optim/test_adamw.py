@@ -1,13 +1,15 @@
-"""The optimizer's recipe: its schedule, its groups, and what decays."""
+"""The optimizer: its schedule, its groups, what decays, and that a step is one pass."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from sdtrain.errors import ConfigError
-from sdtrain.optim.adamw import AdamW
+from sdtrain.optim.adamw import AdamW, OnePass
 
 
 @pytest.fixture
@@ -95,3 +97,122 @@ def test_what_does_not_exist_is_refused(parts):
         AdamW(decay="step")
     with pytest.raises(ConfigError, match="lr_scale names encoder; this stage trains model, conditioner"):
         AdamW(lr_scale={"encoder": 0.1}).build(parts, 10)
+
+
+@pytest.mark.parametrize(
+    "values", [{"lr": -1e-4}, {"weight_decay": -0.1}, {"warmup_steps": -1}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}]
+)
+def test_a_value_that_would_train_wrongly_is_refused(values):
+    with pytest.raises(ConfigError, match=f"optim.{next(iter(values))}="):
+        AdamW(**values)
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.GroupNorm(1, 5), nn.Flatten(), nn.Linear(80, 4))
+    return net.to(memory_format=torch.channels_last)
+
+
+def two_groups(net):
+    parameters = list(net.parameters())
+    return {"first": parameters[:3], "second": parameters[3:]}
+
+
+def one_pass(net):
+    groups = [{"params": some, "name": name, "weight_decay": 0.1} for name, some in two_groups(net).items()]
+    return OnePass(groups, (0.9, 0.99), 1e-8)
+
+
+def train(net, optimizer, clip, steps, max_norm=1.0):
+    """Gradients of the first group come out far above the norm of 1, those of the second below it."""
+    for step in steps:
+        x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        for name, some in two_groups(net).items():
+            for p in some:
+                p.grad.mul_(100.0 if name == "first" else 0.01)
+        clip(optimizer, {name: [p.grad for p in some] for name, some in two_groups(net).items()}, max_norm)
+        optimizer.step()
+
+
+def in_the_step(optimizer, gradients, max_norm):
+    optimizer.clip({name: nn.utils.get_total_norm(some) for name, some in gradients.items()}, max_norm)
+
+
+def in_a_pass(optimizer, gradients, max_norm):
+    for some in gradients.values():
+        coefficient = max_norm / (nn.utils.get_total_norm(some) + 1e-6)
+        torch._foreach_mul_(some, coefficient.clamp(max=1.0))
+
+
+def values(net, optimizer):
+    return [
+        value
+        for p in net.parameters()
+        for value in (p.detach(), p.grad, *map(optimizer.state[p].get, ("exp_avg", "exp_avg_sq")))
+    ]
+
+
+def test_a_step_that_clips_is_torchs_after_clip_grad_norm():
+    """Weights, gradients left behind and moments, to rounding: dividing is not multiplying by one over it."""
+    ours, peer = network(), network()
+    optimizer, theirs = one_pass(ours), torch.optim.AdamW(peer.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    train(ours, optimizer, in_the_step, range(6))
+    train(peer, theirs, in_a_pass, range(6))
+    assert nn.utils.get_total_norm([p.grad for p in two_groups(ours)["first"]]) == pytest.approx(1.0, rel=1e-5)
+    for own, other in zip(values(ours, optimizer), values(peer, theirs)):
+        torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-7)
+
+
+def test_below_the_norm_a_step_is_torchs_to_the_bit():
+    ours, peer = network(), network()
+    optimizer = one_pass(ours)
+    theirs = torch.optim.AdamW(peer.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    train(ours, optimizer, in_the_step, range(3), max_norm=1e9)
+    train(peer, theirs, lambda *_: None, range(3))
+    assert all(map(torch.equal, values(ours, optimizer), values(peer, theirs)))
+
+
+def test_a_step_is_divided_by_its_own_norms():
+    net = network()
+    optimizer = one_pass(net)
+    train(net, optimizer, in_the_step, range(1))
+    train(net, optimizer, lambda *_: None, range(1, 2))
+    assert nn.utils.get_total_norm([p.grad for p in two_groups(net)["first"]]) > 10
+
+
+def test_nothing_is_copied():
+    """torch's CPU kernel makes copies of what is not contiguous."""
+    net = network()
+    optimizer = one_pass(net)
+    train(net, optimizer, in_the_step, range(1))
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        optimizer.step()
+    names = {event.name for event in profiled.events()}
+    assert "aten::_fused_adamw_" in names
+    assert not names & {"aten::clone", "aten::contiguous"}
+
+
+def test_state_resumes_to_the_same_bits():
+    whole, half = network(), network()
+    first, second, third = one_pass(whole), one_pass(half), one_pass(half)
+    train(whole, first, in_the_step, range(6))
+    train(half, second, in_the_step, range(3))
+    state = copy.deepcopy(second.state_dict())
+    assert state.keys() == torch.optim.AdamW(half.parameters()).state_dict().keys()
+    third.load_state_dict(state)
+    train(half, third, in_the_step, range(3, 6))
+    assert all(map(torch.equal, values(whole, first), values(half, third)))
+
+
+def test_bfloat16_weights_are_clipped_too():
+    net = network().bfloat16()
+    optimizer = one_pass(net)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    in_the_step(optimizer, {name: [p.grad for p in some] for name, some in two_groups(net).items()}, 0.5)
+    optimizer.step()
+    assert float(nn.utils.get_total_norm([p.grad for p in two_groups(net)["first"]])) == pytest.approx(0.5, rel=1e-2)

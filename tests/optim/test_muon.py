@@ -61,3 +61,20 @@ def test_state_resumes_to_the_same_bits():
     third.load_state_dict(copy.deepcopy(second.state_dict()))
     train(half, third, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), half.parameters()))
+
+
+def test_what_is_clipped_is_clipped_within_the_step():
+    ours, peer = model(), model()
+    for module, clips in ((ours, True), (peer, False)):
+        optimizer, _ = Muon(lr=1e-2).build({"all": list(module.parameters())}, 10)
+        for p in module.parameters():
+            p.grad = torch.linspace(0.5, 1.5, p.numel()).view(p.shape)
+        norm = nn.utils.get_total_norm([p.grad for p in module.parameters()])
+        if clips:
+            optimizer.clip({"all": norm}, 1e-3)
+        else:
+            nn.utils.clip_grads_with_norm_(module.parameters(), 1e-3, norm)
+        optimizer.step()
+    for p, q in zip(ours.parameters(), peer.parameters()):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(p.grad, q.grad)

@@ -104,3 +104,8 @@ def test_what_no_path_could_take(values, expected):
 def test_more_steps_than_there_are(spacing, num_steps):
     with pytest.raises(ConfigError, match="more than the path's 1000 steps"):
         levels(VariancePreserving(), num_steps, spacing, 1.0)
+
+
+def test_a_shift_that_leaves_one_time_only():
+    with pytest.raises(ConfigError, match=r"sampler.shift=1e\+18 with num_steps=4: no two"):
+        levels(RectifiedFlow(), 4, "uniform", 1e18)

@@ -224,3 +224,15 @@ def test_a_cluster_of_ones_own(submit, tmp_path):
     assert code == 0
     assert '#SBATCH --partition="big"' in script
     assert f"    --config-dir\n    {tmp_path}/own\n" in script
+
+
+def test_a_job_that_begins_anew_at_each_requeue_is_not_sent(submit, tmp_path):
+    code, _, told = submit(*TYPED, f"output_dir={tmp_path}/run", "resume=never", "--dry-run")
+    assert (code, told.startswith("error: resume=never: a job that is requeued would begin anew")) == (2, True)
+
+
+def test_it_may_be_sent_from_a_directory_with_a_space(submit, tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    _, script, _ = submit(*TYPED, f"output_dir={tmp_path}/run", "--dry-run")
+    assert f"#SBATCH --chdir='{tmp_path}/a b'\n" in script

@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from sdtrain.contracts import Context
+from sdtrain.errors import ConfigError
 from sdtrain.layer.frozen import Frozen
 from sdtrain.optim.adamw import AdamW
+from sdtrain.optim.muon import Muon
 from sdtrain.stage.base import Stage, images_at_once
 
 
@@ -52,6 +55,36 @@ def test_each_part_is_clipped_by_its_own_norm(two_parts):
     assert norm(stage.large) == pytest.approx(1.0, rel=1e-4)
     assert norm(stage.small) == pytest.approx(0.01 * 12**0.5)
     assert float(stage._sums["grad_norm/large"]) == pytest.approx(10 * 12**0.5)
+
+
+def test_an_optimizer_that_clips_within_its_step_is_told_the_norms(two_parts):
+    stage = two_parts(1.0)
+    optimizer = stage.configure_optimizers()["optimizer"]
+    stage.configure_gradient_clipping(optimizer)
+    assert norm(stage.large) == pytest.approx(10 * 12**0.5)
+    assert float(stage._sums["grad_norm/large"]) == pytest.approx(10 * 12**0.5)
+    optimizer.step()
+    assert norm(stage.large) == pytest.approx(1.0, rel=1e-4)
+    assert norm(stage.small) == pytest.approx(0.01 * 12**0.5)
+
+
+def test_fp16s_gradients_are_unscaled_before_they_are_clipped(two_parts):
+    stage = two_parts(1.0)
+    optimizer = stage.configure_optimizers()["optimizer"]
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plugin._after_closure = lambda _, optimizer: stage.configure_gradient_clipping(optimizer)
+
+    def closure():
+        for p in stage.parameters():
+            p.grad = None
+        loss = sum((10 if name.startswith("large") else 0.01) * p.sum() for name, p in stage.named_parameters())
+        plugin.scaler.scale(loss).backward()
+        return loss
+
+    plugin.optimizer_step(optimizer, stage, closure)
+    assert float(stage._sums["grad_norm/large"]) == pytest.approx(10 * 12**0.5)
+    assert norm(stage.large) == pytest.approx(1.0, rel=1e-4)
+    assert norm(stage.small) == pytest.approx(0.01 * 12**0.5)
 
 
 def test_nothing_is_clipped_before_the_last_micro_batch_or_without_a_norm(two_parts):
@@ -101,6 +134,45 @@ def test_what_is_noted_is_what_it_was_then(two_parts):
     stage.note(value=value)
     value.fill_(2.0)
     assert float(stage._sums["value"]) == 1.0
+
+
+def test_a_row_that_is_not_written_yet_goes_on_after_a_resume(two_parts):
+    """The guard: the steps between a row and a checkpoint were in no row of a run that was stopped there."""
+
+    def step(stage, value):
+        stage.trainer.world_size = 1
+        stage.note(loss=torch.tensor(value))
+        stage.note_at("loss_at", torch.tensor([value]), torch.tensor([0.5]))
+
+    whole, first, second = two_parts(1.0), two_parts(1.0), two_parts(1.0)
+    for value in (1.0, 2.0, 6.0):
+        step(whole, value)
+    for value in (1.0, 2.0):
+        step(first, value)
+    checkpoint = {}
+    first.on_save_checkpoint(checkpoint)
+    second.on_load_checkpoint(checkpoint)
+    step(second, 6.0)
+    assert second.take_metrics() == whole.take_metrics() == {"loss": 3.0, "loss_at/0.50-0.62": 3.0}
+
+    first.trainer.world_size, first.trainer.strategy.reduce = 2, lambda sums, reduce_op: sums / 2
+    first.on_save_checkpoint(checkpoint)  # with a rank whose losses are 0, and whose times are elsewhere
+    second.on_load_checkpoint(checkpoint)
+    assert second.take_metrics() == {"loss": 0.75, "loss_at/0.50-0.62": 3.0}
+    second.on_load_checkpoint({})
+    assert second.take_metrics() == {}
+
+
+def test_another_optimizer_than_the_checkpoints_is_refused(two_parts):
+    """The guard: Muon over AdamW's states ended as a bug of ours, a KeyError in its first step."""
+    first, second = two_parts(1.0), two_parts(1.0)
+    first.trainer.world_size = 1
+    checkpoint = {}
+    first.on_save_checkpoint(checkpoint)
+    second.on_load_checkpoint(checkpoint)
+    second.optim = Muon()
+    with pytest.raises(ConfigError, match="of toy is Muon, .* states of AdamW, .* write optim=adamw for it again"):
+        second.on_load_checkpoint(checkpoint)
 
 
 def test_parameters_are_counted_by_part_and_frozen_ones_with_what_holds_them(two_parts):

@@ -82,12 +82,10 @@ def test_a_picture_does_not_depend_on_how_many_are_drawn_together():
     assert (generation()(BATCH, 0, size=1) == generation()(BATCH, 0)).all()
 
 
-def test_a_negative_changes_what_it_says_and_nothing_else():
+def test_a_negative_reaches_the_null_condition():
     made = generation()
-    made(BATCH, 0, negative={"caption": ["x", "y", "z"]})
-    plain, negative = made.conditioner.asked
-    assert negative["caption"] == ["x", "y", "z"]
-    assert torch.equal(negative["image"], plain["image"])
+    made(BATCH | {"negative": ["x", "y", "z"]}, 0, size=2)
+    assert [batch["negative"] for batch in made.conditioner.asked[1::2]] == [["x", "y"], ["z"]]
 
 
 def test_its_own_number_stays_a_samples_own():

@@ -43,6 +43,25 @@ def save_clip(tmp_path):
     return save
 
 
+@pytest.fixture
+def save_t5(tmp_path):
+    """save_t5(name) -> the folder of a small T5 encoder and its tokenizer."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    from sdtrain.conditioner.tokenizer import train_tokenizer
+
+    def save(name="t5"):
+        torch.manual_seed(2)
+        tokenizer = train_tokenizer([f"number {n}" for n in range(50)], 300)
+        sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
 @pytest.fixture(scope="session")
 def judges(tmp_path_factory):
     """Folders of a small CLIP and a small Mask2Former with random weights, as transformers saves them."""

@@ -108,3 +108,15 @@ def test_runs_of_one_name_are_told_apart_by_their_folder(tool, runs, tmp_path):
     twin = runs[0].rename(tmp_path / "other" / "<fast>")
     tool(runs[1], twin, "--out", tmp_path / "c.html")
     assert rows((tmp_path / "c.html").read_text(), "Figures")[0][2] == "other/&lt;fast&gt;"
+
+
+def test_evaluations_of_one_protocol_are_compared(tool, runs, tmp_path):
+    for number, run in enumerate(runs):
+        row = {"event": "evaluation", "stage": "evaluation", "guidance": 3.0, "num_pictures": 50, "step": 40}
+        JsonlTracker(run / "metrics.jsonl").log(
+            {**row, "eval": f"quick_step_00000040_{number}", "inception/fid": 7.0 + number}
+        )
+    assert tool(*runs, "--out", tmp_path / "page.html")[0] == 0
+    assert ["quick, guidance 3.0, 50 pictures: inception/fid", "7", "8"] in rows(
+        (tmp_path / "page.html").read_text(), "Figures"
+    )

@@ -112,8 +112,9 @@ def test_samples_are_looked_for_among_the_training_pictures(tool, run, monkeypat
     taken = []  # a model that draws its training pictures
     monkeypatch.setattr(Pipeline, "draw", lambda *_: taken[:12])
     from sdtrain.interop.evaluation import _open_data
+    from sdtrain.interop.subject import Subject
 
-    data = _open_data(Pipeline.load(run), "val")
+    data = _open_data(Subject.load(run, {"source": "samples", "weights": "ema"}, "cpu"), "val")
     taken = real_pictures(data, "train", range(20, 32))
     (copied,) = read(tool(*common)[1])["results"]
     assert (copied["memorisation/sample"], copied["memorisation/ratio"], copied["memorisation/closer"]) == (0, 0, 1)
@@ -309,3 +310,36 @@ def test_two_processes_measure_what_one_does(tool, run, protocol):
     one, two = read(alone)["results"][0], read(done.stdout)["results"][0]
     assert two == pytest.approx(one, rel=1e-5, nan_ok=True)
     assert one["memorisation/sample"] > 0
+
+
+def test_a_first_stage_alone_is_measured_as_before_stage_2(tool, run, protocol, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone, ignore=shutil.ignore_patterns("diffusion", "eval"))
+    file = protocol(source="reconstructions", metric={"random_features": ["fd"], "pixels": ["reconstruction"]})
+    whole, half = (read(tool(place, "--protocol", file)[1]) for place in (run, alone))
+    assert half == whole
+    manifest = json.loads((alone / "autoencoder" / "manifest.json").read_text())
+    told = half["protocol"]
+    assert (told["weight_hash"], told["step"], told["precision"]) == (manifest["weight_hash"], 4, "32-true")
+    (alone / "autoencoder" / "manifest.json").unlink()
+    code, _, error = tool(alone, "--protocol", file)
+    assert (code, "no stage manifest" in error, error.count("\n")) == (2, True, 1)
+
+
+def test_figures_go_to_the_mirror_and_into_the_report(tool, run, tmp_path):
+    import csv
+
+    own = shutil.copytree(run, tmp_path / "own")
+    config = (own / "config.yaml").read_text()
+    assert "NullTracker" in config
+    (own / "config.yaml").write_text(config.replace("none.NullTracker", "csv.CsvTracker"))
+    (own / "report.html").unlink()
+    common = ("--num-images", 4, "--num-steps", 2, "--metric", "fd")
+    code, printed, error = tool(own, *common, "--guidance", 1, 2.5)
+    assert code == 0, error
+    results = read(printed)["results"]
+    mirrored = list(csv.DictReader((own / "diffusion" / "metrics.csv").open()))
+    for row, result, scale in zip(mirrored, results, ("1", "2.5"), strict=True):
+        assert float(row[f"eval/quick/guidance_{scale}/random_features/fd"]) == result["random_features/fd"]
+        assert row["step"] == "4"
+    assert "quick, guidance 2.5, num steps 2, 4 pictures" in (own / "report.html").read_text()

@@ -108,15 +108,15 @@ def test_text_embeddings_stand_in_for_the_text_encoder(tool, first_stage, shards
     data = LatentDataModule(str(out), image_size=16)
     data.connect(3, 8)
     data.setup()
-    batch = next(iter(data.train_dataloader()))
-    lengths = batch["text_mask"].sum(dim=1)
+    batch, (name,) = next(iter(data.train_dataloader())), data.text
+    lengths = batch[f"text_mask/{name}"].sum(dim=1)
     assert (lengths < 12).all() if is_masked else (lengths == 12).all()
-    for part_bytes in (one["num_bytes"] for one in data.text["parts"]):
+    for part_bytes in (one["num_bytes"] for one in data.text[name]["parts"]):
         assert (part_bytes < 4 * 2 * 13 * 16) == is_masked  # four samples: unpadded where padding is not read
     online, stored = conditioner(), conditioner()
     use_stored_text(stored, data)
     draw = Draw(0, batch["sample_id"], batch["epoch"])
-    seen = torch.ones(8, 12) if not is_masked else batch["text_mask"].float()
+    seen = torch.ones(8, 12) if not is_masked else batch[f"text_mask/{name}"].float()
     for drawn in (None, draw):
         expected, told = online(batch, drawn), stored(batch, drawn)
         assert expected.keys() == told.keys() >= {"context", "pooled"}
@@ -135,18 +135,71 @@ def test_text_embeddings_stand_in_for_the_text_encoder(tool, first_stage, shards
             use_stored_text(other, data)
     with pytest.raises(ConfigError, match=r"none; set data\.text=false"):
         use_stored_text(conditioner(trained=True), data)
-    (out / "text" / "parts" / "000001.bin").write_bytes(b"x")
+    (out / "text" / name / "parts" / "000001.bin").write_bytes(b"x")
     code, _, error = tool(first_stage, shards, *asked)
     assert code == 1
     assert "000001.bin damaged" in error
-    code, _, error = tool(first_stage, shards, *asked[:-1], "--text-layer", "penultimate")
-    assert code == 2
-    assert "layer is last there, penultimate here" in error
     with pytest.raises(ConfigError, match=r"data\.caption: .* set data\.text=false"):
         LatentDataModule(str(out), image_size=16, caption=CaptionRule(prefix="a ")).setup()
     without = LatentDataModule(str(out), image_size=16, caption=CaptionRule(prefix="a "), text=False)
     without.connect(3, 8)
-    assert "text_states" not in next(iter(without.train_dataloader()))
+    assert not any(key.startswith("text_") for key in next(iter(without.train_dataloader())))
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_several_text_encoders_are_read_together(tool, first_stage, shards, save_clip, save_t5, tmp_path, is_masked):
+    """As SD 3 has them: two CLIPs and a T5, joined along the tokens; the second CLIP's layer is another."""
+    import torch
+
+    from sdtrain.conditioner.clip import CLIP
+    from sdtrain.conditioner.composite import Composite
+    from sdtrain.conditioner.t5 import T5
+    from sdtrain.data.latents import LatentDataModule
+    from sdtrain.errors import ConfigError
+    from sdtrain.ops.random import Draw
+    from sdtrain.stage.latents import use_stored_text
+
+    out, first, second, third = tmp_path / "out", save_clip("one", 1), save_clip("two", 2), save_t5("three")
+    asked = [first_stage, shards, "--out", out, "--size", 16, *(["--text-masked"] if is_masked else []), "--text"]
+    assert tool(*asked, first, "--text-tokens", 12, "--text-pooled")[0] == 0
+    assert tool(*asked, second, "--text-tokens", 12, "--text-pooled", "--text-layer", "penultimate")[0] == 0
+    assert tool(*asked, third, "--text-tokens", 14)[0] == 0
+    before = content(out)
+    assert tool(*asked, third, "--text-tokens", 14)[0] == 0
+    assert content(out) == before
+
+    def conditioner(max_tokens=14, **more):
+        how = {"masked": is_masked, "dropout": 0.5, "empty_caption": "zeros"}
+        clip = how | {"width": 16, "pooled_width": 16, "max_tokens": 12}
+        parts = {"one": CLIP(str(first), **clip), "two": CLIP(str(second), layer="penultimate", **clip)}
+        parts["three"] = T5(str(third), width=24, max_tokens=max_tokens, **how)
+        return Composite(parts | more, width=24, pooled_width=32, join="tokens")
+
+    def module():
+        data = LatentDataModule(str(out), image_size=16)
+        data.connect(3, 8)
+        data.setup()
+        return data
+
+    data, online, stored = module(), conditioner(), conditioner()
+    use_stored_text(stored, data)
+    assert len(data.text) == 3
+    batch = next(iter(data.train_dataloader()))
+    for drawn in (None, Draw(0, batch["sample_id"], batch["epoch"])):
+        expected, told = online(batch, drawn), stored(batch, drawn)
+        assert expected.keys() == told.keys()
+        seen = expected["context_mask"].unsqueeze(-1) if is_masked else 1
+        assert (seen * (expected["context"] - told["context"])).abs().max() < 4e-3
+        assert (expected["pooled"] - told["pooled"]).abs().max() < 4e-3
+        assert not is_masked or torch.equal(expected["context_mask"], told["context_mask"])
+    for part in stored.parts.values():
+        part.encoder.forward = None  # none is asked again
+    stored(batch)
+    with pytest.raises(ConfigError, match="another text encoder .*: max_tokens is 14 there, 9 here"):
+        use_stored_text(conditioner(max_tokens=9), module())
+    alone, data = Composite({"two": conditioner().parts["two"]}, width=16, pooled_width=16), module()
+    use_stored_text(alone, data)
+    assert sum(key.startswith("text_states/") for key in next(iter(data.train_dataloader()))) == 1  # no more is read
 
 
 @pytest.mark.slow

@@ -82,23 +82,28 @@ def test_what_is_told_reaches_the_pipeline(tool, tmp_path, monkeypatch):
     calls = []
 
     def pipe(captions, *options, **told):
-        calls.append((captions, options[-1], told))
+        calls.append((captions, *options[-2:], told))
         return [Image.new("RGB", (8, 8))] * 2
 
     monkeypatch.setattr(Pipeline, "load", lambda *_: pipe)
     out = ("--out", tmp_path)
     for arguments, call, names in [
-        (["--label", "3", "--label", "dog"], (None, None, {"label": ["3", "dog"]}), ["label-3", "label-dog"]),
-        (["--num", "2"], (None, 2, {}), ["picture"] * 2),
+        (["--label", "3", "--label", "dog"], (None, None, None, {"label": ["3", "dog"]}), ["label-3", "label-dog"]),
+        (["--num", "2"], (None, 2, None, {}), ["picture"] * 2),
         (
             ["--mask", "m.png", "--image", "x.png", "a star"],
-            (["a star"], None, {"image": ["x.png"], "mask": ["m.png"]}),
+            (["a star"], None, None, {"image": ["x.png"], "mask": ["m.png"]}),
             ["a-star"] * 2,
         ),
-        (["--source", "red x.png", "--num", "2"], (None, 2, {"source": ["red x.png"]}), ["red-x"] * 2),
+        (
+            ["--source", "red x.png", "--num", "2", "--image-guidance", "1.5"],
+            (None, 2, 1.5, {"source": ["red x.png"]}),
+            ["red-x"] * 2,
+        ),
+        (["a", "--noise-level", "20"], (["a"], None, None, {"noise_level": [20]}), ["a"] * 2),
         (
             ["a", "--original-size", "64x32", "--crop-top-left", "3x4", "--target-size", "8"],
-            (["a"], None, {"original_size": [(64, 32)], "crop_top_left": [(3, 4)], "target_size": [8]}),
+            (["a"], None, None, {"original_size": [(64, 32)], "crop_top_left": [(3, 4)], "target_size": [8]}),
             ["a"] * 2,
         ),
     ]:

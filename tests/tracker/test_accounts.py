@@ -45,3 +45,10 @@ def test_losses_are_shown_as_a_share_of_what_was_read():
     for told in ("1.00 GiB", ">read bytes<", "replaced: undecodable", "replaced in a/&lt;0&gt;.tar"):
         assert told in card
     assert data_card("Data", {}) == ""
+
+
+def test_what_comes_after_the_run_is_no_time_of_it():
+    rows = [{"event": "code", "time": 0.0}, train(10, 10.0)]
+    later = [{"event": "evaluation", "stage": "evaluation", "step": 10, "time": 1e6}, {"event": "code", "time": 2e6}]
+    assert TimeSpent.of(rows + later).wall == TimeSpent.of(rows).wall == 10.0
+    assert TimeSpent.of(later).wall == 0.0

@@ -30,8 +30,8 @@ def test_ticks_are_round_and_inside(low, high, ticks):
 
 
 def test_numbers_are_short():
-    numbers = [0, 0.1234, 1234.5, 45_000, 12_345_678, 1e-4, -2.5e-7, 28.4]
-    shown = ["0", "0.123", "1234", "45k", "12.3M", "1e-4", "-2.5e-7", "28.4"]
+    numbers = [0, 0.1234, 1234.5, 45_000, 12_345_678, 5.86e9, 1.97e14, 1e-4, -2.5e-7, 28.4]
+    shown = ["0", "0.123", "1234", "45k", "12.3M", "5.86G", "197T", "1e-4", "-2.5e-7", "28.4"]
     assert [format_number(number) for number in numbers] == shown
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from sdtrain.tracker.gallery import MAX_PICTURES
 from sdtrain.tracker.jsonl import JsonlTracker
 from sdtrain.tracker.report import write_report
+from sdtrain.tracker.run_files import RunFiles
 
 VOID = {"meta", "input", "img", "br", "line", "circle"}
 
@@ -175,3 +176,35 @@ def test_the_script_parses(run):
     script = re.search(r"<script>(.*)</script>", write_report(run).read_text(), re.DOTALL).group(1)
     (run / "script.js").write_text(script)
     subprocess.run(["node", "--check", str(run / "script.js")], check=True)
+
+
+def test_many_blocks_stand_in_as_many_charts_as_they_want(tmp_path):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        bins = {f"loss_at/{i}": 1.0 for i in (2, 1)}
+        norms = {f"grad_norm/unet/{i}": float(i) for i in range(10)}
+        tracker.log({"stage": "diffusion", "step": step, "loss": 1.0, **norms, **bins, "val_raw/x0_error": 1.0})
+        tracker.log({"stage": "diffusion", "step": step, "val/x0_error": 1.0, "val_raw/x0_error": 1.0})
+    page = Page(write_report(tmp_path))
+    drawn = [json.loads(figure["data-series"]) for figure in page.all("figure")]
+    names = [[line["name"] for line in lines] for lines in drawn]
+    assert [[str(i) for i in range(8)], ["8", "9"]] == [found for found in names if "0" in found or "9" in found]
+    assert ["1", "2"] in names  # in order, whichever came first
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    assert "raw weights: x0 error (held out) over steps" in labels
+
+
+def test_evaluations_stand_by_what_was_asked_for(run):
+    tracker = JsonlTracker(run / "metrics.jsonl")
+    row = {"event": "evaluation", "stage": "evaluation", "step": 300, "guidance": 3.0, "sampler": None, "seed": 0}
+    row |= {"num_steps": 7, "weights": "ema", "num_pictures": 50}
+    for fd, step in ((1.0, 200), (2.125, 300)):
+        tracker.log({**row, "eval": f"quick_step_{step:08d}_0123abcd", "step": step, "random/fd": fd})
+    tracker.log({**row, "eval": "coco_step_00000300_0", "guidance": None, "seed": 1, "random/fd": 8.5})
+    found = RunFiles.read(run).evaluations
+    assert list(found) == ["quick, guidance 3.0, num steps 7, 50 pictures", "coco, num steps 7, seed 1, 50 pictures"]
+    page = Page(write_report(run))
+    assert "2.12" in page.text
+    assert "8.5" in page.text
+    assert "quick, guidance 3.0, num steps 7, 50 pictures" in page.text
+    assert page.text.count("quick") == 1  # not among the events
