@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +130,13 @@ def render(runs: list[Run], stage: str, home: Path, config_directory: str | None
         "setup": "\n".join(cluster.setup),
         "command": shlex.join([*cluster.srun, *cluster.container, cluster.python or sys.executable, "-m", "sdtrain"]),
     }
+    return fill(TEMPLATE, values)
+
+
+def fill(template: Path, values: Mapping[str, object]) -> str:
+    """A template with its %{names} replaced; a line that is nothing but an empty value goes."""
     empty = {f"%{{{name}}}" for name, value in values.items() if value == ""}
-    lines = [line for line in TEMPLATE.read_text().splitlines(keepends=True) if line.strip() not in empty]
+    lines = [line for line in template.read_text().splitlines(keepends=True) if line.strip() not in empty]
     text = re.sub(r"%\{(\w+)\}", lambda found: str(values[found[1]]), "".join(lines))
     return re.sub(r"\n{3,}", "\n\n", text)
 

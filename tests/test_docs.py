@@ -41,6 +41,7 @@ NOT_RUN = {
     "python -m pip install": "a download: .ci/run begins with it, as make test",
     "wandb leet": "a screen for a terminal",
     "python slurm/status.py": "it wants jobs: tests/slurm/test_status.py",
+    "python slurm/evaluate.py": "it wants a run that was sent: tests/slurm/test_evaluate.py",
     "python tools/evaluate.py": "it wants a run: tests/tools/test_evaluate.py",
     "python tools/compare.py": "it wants runs: tests/tools/test_compare.py",
     "python tools/dashboard.py": "it wants a run: tests/tools/test_dashboard.py",
