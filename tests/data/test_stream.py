@@ -269,7 +269,7 @@ from sdtrain.data.stream import Loader, Stream
 class Hanging(Stream):
     def __init__(self): ...
     def __iter__(self):
-        yield 0
+        yield {}
         time.sleep(600)
 
 if __name__ == "__main__":

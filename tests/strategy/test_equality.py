@@ -34,8 +34,11 @@ def test_thirty_losses_are_the_same(outcome, kind, stage):
 def test_the_weights_at_the_end_are_the_same(outcome, kind, stage):
     found, wanted = (outcome(k, stage).weights(stage) for k in (kind, "one"))
     assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in wanted.items()}
+    ratios = [state.pop("objective.adaptive_weight", torch.zeros(1)) for state in (found, wanted)]
     flat = [torch.cat([state[name].flatten().double() for name in wanted]) for state in (found, wanted)]
-    assert distance(*flat) < 1e-3
+    assert distance(*flat) < 1e-4
+    # A ratio of two gradients' norms, no weight, and as large as all weights together: 2e-5 to 1.5e-3 by the machine.
+    torch.testing.assert_close(*ratios, rtol=1e-2, atol=0)
 
 
 @every_case
