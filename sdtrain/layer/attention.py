@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.layer.conv import Conv1x1
+from sdtrain.layer.flash import fits, flash_attention
 from sdtrain.layer.kernels import geglu
 from sdtrain.layer.norm import GroupNorm
 
@@ -15,11 +16,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Scaled dot-product attention over (B, heads, L, D); mask broadcasts, True = attend.
 
     On a CPU, torch's flash backward in bfloat16 took 4 times as long as plain products at the lengths of small latents
-    (measured: `tools/bench/attention.py`), so there they are taken, up to 2^17 scores a head: beyond, memory counts.
+    (measured: `tools/bench/attention.py`), so there they are taken, up to 2^17 scores a head: beyond, memory counts,
+    and ours is taken where it can be.
     """
-    if q.device.type != "cpu" or q.element_size() > 2 or q.shape[-2] * k.shape[-2] > 2**17:
+    if q.device.type != "cpu" or q.element_size() > 2:
         return F.scaled_dot_product_attention(q, k, v, mask)
-    return plain_attention(q, k, v, mask)
+    if q.shape[-2] * k.shape[-2] <= 2**17:
+        return plain_attention(q, k, v, mask)
+    if mask is None and fits(q, k):
+        return flash_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

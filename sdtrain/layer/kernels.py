@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _FLAGS = "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared".split()
 _WIDE = "-mprefer-vector-width=512"  # of x86; gcc halves vectors otherwise
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -31,7 +31,7 @@ _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The built kernels, or None where there is no C compiler that makes them.
+    """The built kernels, those of `flash.c` as well, or None where there is no C compiler that makes them.
 
     What was built is kept in the user's cache under the hash of source, compiler and processor; several processes may
     build at once.
@@ -42,14 +42,15 @@ def library() -> ctypes.CDLL | None:
     flags = [*_FLAGS, *([_WIDE] if platform.machine() == "x86_64" else [])]
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(_SOURCE.read_bytes() + version + " ".join(flags).encode() + _processor()).hexdigest()
+        read = b"".join(source.read_bytes() for source in _SOURCES)
+        key = hashlib.sha256(read + version + " ".join(flags).encode() + _processor()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtrain"
         built = folder / f"kernels-{key[:16]}.so"
         if not built.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / "kernels.so"
-                subprocess.run([compiler, *flags, "-o", made, _SOURCE, "-lm"], capture_output=True, check=True)
+                subprocess.run([compiler, *flags, "-o", made, *_SOURCES, "-lm"], capture_output=True, check=True)
                 made.replace(built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError):  # no OpenMP, a home that cannot be written: torch's way it is

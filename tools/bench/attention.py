@@ -1,4 +1,5 @@
-"""Attention at the lengths of small latents, both ways, on a CPU: three plain products against torch's own kernel.
+"""Attention in bfloat16 on a CPU: at the lengths of small latents three plain products, at longer ones our backward in
+matrix tiles (`sdtrain/layer/flash.py`), each beside torch's own kernel, forward and backward.
 
 python tools/bench/attention.py
 """
@@ -11,18 +12,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdtrain.layer.attention import attend
+from sdtrain.ops.memory import keep_freed_memory
 
 
 def main() -> None:
-    """Self-attention over 8x8 positions and cross-attention to 24 tokens, batch 128, 4 heads of 32, bfloat16."""
+    """Of 8x8 positions (and of those to 24 tokens), batch 128; of 32x32, batch 4; (B, heads, L, M, D)."""
+    keep_freed_memory()
     print(machine())
-    for name, keys in (("self-attention 64 x 64", 64), ("cross-attention 64 x 24", 24)):
-        q, k, v = (torch.randn(128, 4, n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (64, keys, keys))
+    for sizes in ((128, 4, 64, 64, 32), (128, 4, 64, 24, 32), (4, 8, 1024, 1024, 16), (4, 5, 1024, 1024, 64)):
+        batch, heads, length, others, dim = sizes
+        shapes = [(batch, n, heads, dim) for n in (length, others, others)]  # as a linear layer gives them
+        q, k, v = (torch.randn(s, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for s in shapes)
 
         def run(function: object, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
             function(q, k, v).float().square().mean().backward()
 
-        print(name)
+        print(sizes)
         compare({"ours": lambda: run(attend), "torch": lambda: run(F.scaled_dot_product_attention)})
 
 
