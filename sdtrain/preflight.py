@@ -23,6 +23,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 RESUMES = ("auto", "must", "never")
 # Keys of parts that name what must be there before a run. The perceptual loss says itself which files it wants.
 SOURCES = {"data.shards", "data.val", "first_stage.weights", "model.weights"}
+# Keys of a conditioner that say how many classes it gives the denoiser, by number, from 0 on.
+COUNTS_OF_CLASSES = ("num_class_embeds", "max_noise_level")
 LEAST_FREE_BYTES = 64 * 2**20
 MOST_SEED = 2**32 - 1  # numpy takes no larger one
 SHARDING, SHARDED = "sdtrain.strategy.deepspeed.DeepSpeed", "sdtrain.optim.adamw.AdamW"
@@ -43,6 +45,7 @@ def check(cfg: DictConfig) -> None:
             check_sharding(resolved, path, OmegaConf.to_container(section, resolve=True))
     check_objectives(resolved)
     check_num_steps(resolved["objective"])
+    check_classes(resolved)
     for path, node in parts(resolved):
         check_node(path, node)
         check_sources(path, node, Path(resolved["output_dir"]))
@@ -225,6 +228,21 @@ def check_num_steps(objective: dict[str, Any]) -> None:
         raise ConfigError(
             f"objective.timestep.num_steps={counts[1]} and objective.path.num_steps={counts[0]} must be the same"
         )
+
+
+def check_classes(cfg: dict[str, Any]) -> None:
+    """The denoiser's table has a row for every class that the conditioner can name."""
+    model = cfg["model"]
+    if model.get("class_embed_type") in ("timestep", "identity"):
+        return  # computes from the number itself
+    num_rows = model.get("num_class_embeds") or 0
+    for path, node in parts(cfg["conditioner"], "conditioner"):
+        for key in (key for key in COUNTS_OF_CLASSES if (node.get(key) or 0) > num_rows):
+            raise ConfigError(
+                f"{path}.{key}={node[key]}: the labels go up to {node[key] - 1}, and the model's table has "
+                f"{num_rows or 'no'} rows (model.num_class_embeds={model.get('num_class_embeds', 'null')}); write "
+                f"{'' if 'num_class_embeds' in model else '+'}model.num_class_embeds={node[key]}, or lower {path}.{key}"
+            )
 
 
 def check_sources(path: str, node: dict[str, Any], directory: Path) -> None:

@@ -233,5 +233,6 @@ def build_all(section: DictConfig) -> dict[str, object]:
 def next_command(session: Session) -> str:
     """What to type after this."""
     if "diffusion" in session.cfg.stages:
-        return f"python tools/sample.py {shlex.quote(session.cfg.output_dir)} {example(session.cfg.conditioner)}"
+        told = example(session.cfg.conditioner, session.directory)
+        return f"python tools/sample.py {shlex.quote(session.cfg.output_dir)} {told}"
     return f"the same command with stages=[diffusion] {shlex.quote(f'output_dir={session.cfg.output_dir}')}"

@@ -31,6 +31,7 @@ from sdtrain.callback.log import Log
 from sdtrain.callback.mfu import MFU
 from sdtrain.checkpoint.claim import claim
 from sdtrain.checkpoint.commit import find_resume
+from sdtrain.checkpoint.disk import told_of_disk
 from sdtrain.continuation import (
     begin_anew,
     check_continuation,
@@ -41,6 +42,7 @@ from sdtrain.continuation import (
 )
 from sdtrain.contracts import Context
 from sdtrain.errors import ConfigError, RunError
+from sdtrain.interop.prediction import other_prediction
 from sdtrain.ops.denormal import flush_denormals
 from sdtrain.ops.memory import keep_freed_memory
 from sdtrain.stage.base import Stage, num_values
@@ -72,21 +74,31 @@ class Session:
         code_version()  # of every rank, as it was imported
         keep_freed_memory()
         flush_denormals()
-        changes = check_continuation(self.directory, cfg)
+        check_continuation(self.directory, cfg)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if self.is_first:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._claim = claim(self.directory)
-            ending.forget(self.directory)
-            for line in begin_anew(self.directory, cfg.stages) if cfg.resume == "never" else []:
-                print(line, flush=True)
-            write_config(self.directory, cfg)
-            rows = JsonlTracker(self.directory / "metrics.jsonl")
-            self.tracker = Fanout(rows, [build(cfg.tracker)])
-            for change in [*changes, *self._note_code(rows)]:  # no stage has begun, so mirrors have no run yet
-                print(f"warning: {change}", flush=True)
-                rows.log({"event": "warning", "warning": change})
+            try:
+                self._open()
+            except OSError as error:
+                raise told_of_disk(error, self.directory)  # noqa: B904 it is its cause, or it is the same
+
+    def _open(self) -> None:
+        """Takes the directory, writes down what runs in it, and tells what is other than before."""
+        cfg = self.cfg
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._claim = claim(self.directory)
+        # Again: another run may have ended while this one waited.
+        changes = [*check_continuation(self.directory, cfg), *other_prediction(cfg)]
+        ending.forget(self.directory)
+        for line in begin_anew(self.directory, cfg.stages) if cfg.resume == "never" else []:
+            print(line, flush=True)
+        write_config(self.directory, cfg)
+        rows = JsonlTracker(self.directory / "metrics.jsonl")
+        self.tracker = Fanout(rows, [build(cfg.tracker)])
+        for change in [*changes, *self._note_code(rows)]:  # no stage has begun, so mirrors have no run yet
+            print(f"warning: {change}", flush=True)
+            rows.log({"event": "warning", "warning": change})
 
     def _note_code(self, rows: JsonlTracker) -> list[str]:
         """Writes down what code runs; a warning where it is not what ran here before."""

@@ -56,6 +56,20 @@ WRONG = [
     (["diffusion=abc"], "diffusion is a section"),
     (["model=null"], "model=null"),
     (["~model"], "model has no value"),
+    (
+        ["conditioner=label"],
+        "conditioner.num_class_embeds=1001: the labels go up to 1000, and the model's table has no rows "
+        "(model.num_class_embeds=null); write +model.num_class_embeds=1001",
+    ),
+    (
+        ["conditioner=label", "conditioner.num_class_embeds=6", "+model.num_class_embeds=5"],
+        "the labels go up to 5, and the model's table has 5 rows",
+    ),
+    (
+        ["model=unet_upscale", "conditioner=upscaling", "model.num_class_embeds=349"],
+        "conditioner.parts.image.max_noise_level=350: the labels go up to 349, and the model's table has 349 rows "
+        "(model.num_class_embeds=349); write model.num_class_embeds=350",
+    ),
     (["autoencoder.objective=autoencoding"], "write objective@autoencoder.objective=NAME"),
     (["objective@autoencoder.objective=epsilon"], "Denoising is not the autoencoder stage's objective"),
     (["objective=autoencoding"], "Autoencoding is not the diffusion stage's objective"),

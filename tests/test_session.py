@@ -1,9 +1,11 @@
 """What a session takes from Lightning's trainer."""
 
+import errno
 import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,11 +121,52 @@ def test_two_runs_do_not_train_in_one_directory(small, tmp_path, monkeypatch):
     assert claimed._claim.closed
 
 
+def test_what_began_while_it_waited_for_the_directory_is_not_gone_on_from(small, tmp_path, monkeypatch):
+    """The guard: of two runs that start at once the second one found no config, and wrote over the first one's."""
+    cfg, other = (load_config([*small, f"output_dir='{tmp_path}'", f"seed={seed}"]) for seed in (0, 1))
+
+    def wait(directory):
+        (directory / "autoencoder").mkdir()
+        continuation.write_config(directory, other)
+
+    monkeypatch.setattr(session, "claim", wait)
+    with pytest.raises(ConfigError, match="holds a run of another config: seed 1 -> 0"):
+        Session(cfg)
+
+
+@pytest.mark.parametrize("name", ["lock", "config.yaml.tmp", "metrics.jsonl"])
+def test_a_directory_that_takes_no_file_is_told(small, tmp_path, monkeypatch, name):
+    """The guard: a disk that is full when a run begins was a traceback, here and in the claim."""
+    opened = Path.open
+
+    def full(path, *args, **kwargs):
+        if path == tmp_path / name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    cfg = load_config([*small, f"output_dir='{tmp_path}'"])
+    with pytest.raises(
+        ConfigError, match=rf"^cannot write {tmp_path}/{name}: No space left on device \(\d+ bytes free"
+    ):
+        Session(cfg)
+
+
 def test_the_command_that_is_printed_last_can_be_typed(small, tmp_path):
     cfg = load_config([*small, f"output_dir='{tmp_path}/a b'"])
     for stages, told in ((["diffusion"], f"{tmp_path}/a b"), (["autoencoder"], f"output_dir={tmp_path}/a b")):
         cfg.stages = stages
-        assert told in shlex.split(next_command(SimpleNamespace(cfg=cfg)))
+        assert told in shlex.split(next_command(SimpleNamespace(cfg=cfg, directory=tmp_path / "a b")))
+
+
+def test_weights_of_another_objective_are_told_of(small, tmp_path, capsys):
+    other = tmp_path / "other"
+    (other / "diffusion").mkdir(parents=True)
+    (other / "config.yaml").write_text("objective: {prediction: sigma, path: {_target_: sdtrain.diffusion.path.EDM}}")
+    Session(load_config([*small, f"output_dir='{tmp_path}/run'", f"model.weights='{other}'"]))
+    told = f"warning: model.weights: {other} was trained with another objective: prediction is s"
+    assert told in capsys.readouterr().out
+    assert '"warning": "model.weights' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_ranks_that_run_different_code_do_not_start(monkeypatch):

@@ -100,7 +100,8 @@ def find_pairs(folder: Path) -> tuple[list[tuple[Path, bytes]], Counter[str]]:
 
 
 def _caption(path: Path) -> Path:
-    return path.with_suffix(".txt")
+    capitals = path.with_suffix(".TXT")
+    return capitals if capitals.is_file() else path.with_suffix(".txt")
 
 
 def read_samples(

@@ -120,6 +120,7 @@ def precompute(args: argparse.Namespace) -> int:
 def add_text(args: argparse.Namespace, device: torch.device | str, rank: int, world: int, barrier: Any) -> int:  # noqa: ANN401
     """The text embeddings of a finished cache."""
     from sdtrain.data.latent_file import find_damage, read_about, start
+    from sdtrain.data.sealed import read_sealed
     from sdtrain.data.text_file import ABOUT, encoder_folder, finish_text, text_job, write_text_part
     from sdtrain.stage.latents import text_identity
 
@@ -141,7 +142,7 @@ def add_text(args: argparse.Namespace, device: torch.device | str, rank: int, wo
             told = finish_text(here, about, job)
             num_bytes = sum(one["num_bytes"] for one in told["parts"])
             print(f"{told['num_samples']} text embeddings, {num_bytes / 1e9:.2f} GB, by {args.text}")
-    elif rank == 0 and (damaged := find_damage(here, json.loads((here / ABOUT).read_text()))):
+    elif rank == 0 and (damaged := find_damage(here, read_sealed(here / ABOUT))):
         print(f"{', '.join(damaged)} damaged; remove {here} and start again", file=sys.stderr)
         return 1
     barrier()

@@ -7,7 +7,6 @@ kill the first one before it could.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+from sdtrain.checkpoint.disk import told_of_disk
 from sdtrain.errors import ConfigError, RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -134,7 +134,7 @@ def recorded(directory: Path, rank: int, finish: Callable[[], None]) -> Iterator
         try:
             yield
         except BaseException as error:  # noqa: BLE001 it is raised again below
-            failure = _told_of_disk(error, directory)
+            failure = told_of_disk(error, directory)
         let_finish()
         if rank == 0:
             failure = _end_run(directory, failure)
@@ -149,19 +149,6 @@ def recorded(directory: Path, rank: int, finish: Callable[[], None]) -> Iterator
             outlive_children(GRACE_SECONDS if _is_crash(failure) else 3 * GRACE_SECONDS)
     if failure is not None:
         raise failure
-
-
-def _told_of_disk(failure: BaseException, directory: Path) -> BaseException:
-    """Where a row or a picture met a disk that is full, or cannot be written any more: a line, as a checkpoint has."""
-    if not isinstance(failure, OSError) or failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return failure
-    told = ConfigError(
-        f"cannot write {failure.filename or f'in {directory}'}: {failure.strerror} "
-        f"({shutil.disk_usage(directory).free} bytes free); the checkpoints are intact: "
-        "make room or make the directory writable, then run the same command again"
-    )
-    told.__cause__ = failure
-    return told
 
 
 def _end_run(directory: Path, failure: BaseException | None) -> BaseException | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from sdtrain.checkpoint.disk import ADVICE, free_bytes
 from sdtrain.errors import ConfigError, RunError
 
 MANIFEST = "COMPLETE.json"
@@ -218,15 +219,14 @@ def _write_manifest(directory: Path, content: dict[str, Any]) -> None:
 
 def _explain(error: Exception, directory: Path, needed_bytes: int) -> str:
     """A line for whoever cannot save; a mistake of the program's as it is."""
-    free_bytes = _free_bytes(directory)
+    num_free = free_bytes(directory)
     # Asked of the disk, since torch.save reports a full one as a RuntimeError about positions.
-    is_full = free_bytes < needed_bytes
+    is_full = num_free < needed_bytes
     if not is_full and not isinstance(error, OSError | SafetensorError):
         return repr(error)
     return (
         f"cannot save the checkpoint {directory}: {'the disk is full' if is_full else error} "
-        f"({needed_bytes} bytes needed, {free_bytes} bytes free); earlier checkpoints are intact: "
-        "make room or make the directory writable, then run the same command again"
+        f"({needed_bytes} bytes needed, {num_free} bytes free); earlier checkpoints are intact: {ADVICE}"
     )
 
 
@@ -249,9 +249,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

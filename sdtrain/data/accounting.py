@@ -35,6 +35,11 @@ _log = logging.getLogger(__name__)
 class Accounting:
     """Counts of one split. The workers' copies count into the same memory, each into a row of its own.
 
+    What is counted is the places of batches, once a batch is made: `read` = `decoded` + those whose picture was kept in
+    memory or stands as a latent. `replaced` is the sum of its reasons, and by index a part of `read`: `read` -
+    `replaced` places show their own sample. In a sequence a bad sample has no place; `replaced` are those passed over,
+    beside `read`. A picture that is decoded for no batch, to see whether it is good, is in none of these.
+
     The budget is each process's own: of the last 10,000 samples that it tried at most a fraction may be bad, and not
     more than 100 in a row. A bad sample is tried once, so a small set is not ended by the same few, epoch after epoch.
     What does not end a run is said aloud: a shard of which a fifth is bad, once; and hourly, that of all samples more
@@ -95,13 +100,14 @@ class Accounting:
         self._mine[_COLUMNS[name]] += number
 
     def replaced(self, reason: str, shard: int) -> None:
-        """A place was filled with another sample than its own."""
+        """A place was filled with another sample than its own, or of a sequence one was passed over."""
         self._mine[_COLUMNS[reason]] += 1
         self._mine_by_shard[shard] += 1
 
-    def read(self, num_places: int) -> None:
-        """So many places were filled."""
+    def read(self, num_places: int, num_decoded: int = 0) -> None:
+        """So many places of a batch were filled, of so many the picture decoded for it."""
         self._mine[_COLUMNS["read"]] += num_places
+        self._mine[_COLUMNS["decoded"]] += num_decoded
 
     def good(self, shard: int) -> None:
         """A sample that was tried could be used."""

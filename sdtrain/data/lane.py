@@ -127,7 +127,7 @@ class Lanes:
 
     def batch(self, samples: Sequence[Usable]) -> Batch:
         """Their micro-batch."""
-        self.accounting.read(len(samples))
+        self.accounting.read(len(samples), len(samples))
         return {
             **pictured([sample.picture for sample in samples]),
             "caption": [sample.caption for sample in samples],
@@ -181,7 +181,6 @@ class Lanes:
         caption = self.caption(raw.members[CAPTION], attributes, view.draw)
         companions = {name: raw.members[COMPANIONS[name]] for name in self.companions}
         picture = decode_pictures(raw.members[IMAGE], companions, view, self.ground)
-        self.accounting.add("decoded", 1)
         return Usable(placed, picture, caption, attributes, sample_id, epoch)
 
     def _name(self, placed: Placed) -> str:

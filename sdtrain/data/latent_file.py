@@ -12,8 +12,6 @@ trained on.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -31,13 +29,13 @@ from sdtrain.data.decode import Decoded, decode_image
 from sdtrain.data.index import Index
 from sdtrain.data.layout import CAPTION, IMAGE, JSON
 from sdtrain.data.members import Members
+from sdtrain.data.sealed import commit, draft, read_sealed, save_array, write_sealed
 from sdtrain.data.shard_index import Shard
 from sdtrain.data.shard_walk import ARRAYS
 from sdtrain.data.storage import Storage
 from sdtrain.errors import ConfigError
 
 ABOUT, JOB, TABLE = "latents.json", "job.json", "table.npy"
-VERSION = 2  # of the files; 1 had no checksum a sample
 PREPROCESSING = 1  # another number wherever decode.py gives other pixels: no cache of before is taken then
 ROW = np.dtype(
     [
@@ -154,7 +152,7 @@ def write_part(
     if about.exists():
         return
     found, digest, offset = [np.zeros(0, kind)], hashlib.sha256(), 0
-    with _draft(data).open("wb") as file:
+    with draft(data).open("wb") as file:
         for row, stored in samples:
             row["part"], row["offset"] = part, offset
             row["crc"][0, -1] = crc32(row.tobytes()[:-4])
@@ -162,10 +160,10 @@ def write_part(
             file.write(stored)
             digest.update(stored)
             offset += len(stored)
-        _commit(file, data)
+        commit(file, data)
     table = np.concatenate(found)
     save_array(rows, table if order is None else np.sort(table, order=order))
-    write_json(
+    write_sealed(
         about, {"num_bytes": offset, "sha256": digest.hexdigest(), "num_samples": len(table), "left_out": dict(bad)}
     )
 
@@ -174,13 +172,6 @@ def intact(rows: np.ndarray) -> list[bool]:
     """Of each row whether it is what was written."""
     data, width, expected = rows.tobytes(), rows.dtype.itemsize, rows["crc"][:, -1].tolist()
     return [crc32(data[n * width : (n + 1) * width - 4]) == crc for n, crc in enumerate(expected)]
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Atomic: written beside, synced, renamed."""
-    with _draft(path).open("wb") as file:
-        np.save(file, array)
-        _commit(file, path)
 
 
 def part_paths(folder: Path, part: int) -> tuple[Path, Path, Path]:
@@ -195,21 +186,10 @@ def start(folder: Path, job: Mapping[str, Any]) -> None:
         ConfigError: where the one that was begun there is of something else, naming it.
     """
     (folder / "parts").mkdir(parents=True, exist_ok=True)
-    job = {"v": VERSION, **job}
     if (folder / JOB).exists():
-        require_version(begun := json.loads((folder / JOB).read_text()), folder)
-        require_same(begun, job, f"{folder} holds other latents")
+        require_same(read_sealed(folder / JOB), job, f"{folder} holds other latents")
     else:
-        write_json(folder / JOB, job)
-
-
-def require_version(about: Mapping[str, Any], folder: Path) -> None:
-    """Raises ConfigError where a cache was written in another way."""
-    if about.get("v", 1) != VERSION:
-        raise ConfigError(
-            f"{folder} is a cache of version {about.get('v', 1)}, this reads {VERSION}, whose samples have checksums; "
-            "remove it and make it again with tools/precompute_latents.py"
-        )
+        write_sealed(folder / JOB, job)
 
 
 def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +197,7 @@ def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]
     told, tables = [], []
     for part in range(len(index.shards)):
         _, rows, about = part_paths(folder, part)
-        told.append(json.loads(about.read_text()))
+        told.append(read_sealed(about))
         tables.append(np.load(rows, allow_pickle=False))
     table = np.concatenate(tables)
     if not len(table):
@@ -227,7 +207,6 @@ def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]
     for name, array in arrays.items():
         save_array(folder / f"{name}.npy", array)
     about = {
-        "v": VERSION,
         **job,
         "tool": f"sdtrain {version('sdtrain')}",
         "num_samples": len(table),
@@ -237,20 +216,19 @@ def finish(folder: Path, index: Index, job: Mapping[str, Any]) -> dict[str, Any]
         "parts": [{name: one[name] for name in ("num_samples", "num_bytes", "sha256")} for one in told],
         "index_crc": {name: crc32(arrays[f"index.{name}"].tobytes()) for name in ("shard", *ARRAYS)},
     }
-    write_json(folder / ABOUT, about)
+    write_sealed(folder / ABOUT, about)
     return about
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """The content of latents.json. Raises ConfigError where there is none."""
     try:
-        about = json.loads((folder / ABOUT).read_text())
-    except (OSError, ValueError) as error:
+        about = read_sealed(folder / ABOUT)
+    except OSError as error:
         unfinished = "; it is not finished: start the tool again, it goes on" if (folder / JOB).exists() else ""
         raise ConfigError(
             f"data.folder: {folder} holds no latents that tools/precompute_latents.py made ({error}){unfinished}"
         ) from error
-    require_version(about, folder)
     require_same(about, {"preprocessing": PREPROCESSING}, f"data.folder: {folder} holds latents of other pictures")
     return about
 
@@ -292,20 +270,3 @@ def find_damage(folder: Path, about: Mapping[str, Any]) -> list[str]:
             if hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
                 found.append(str(path))
     return found
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Atomic: written beside, synced, renamed."""
-    with _draft(path).open("wb") as file:
-        file.write(json.dumps(values, indent=1).encode())
-        _commit(file, path)
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
-
-
-def _commit(file: Any, path: Path) -> None:  # noqa: ANN401 an open file
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(file.name, path)

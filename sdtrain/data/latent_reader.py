@@ -116,6 +116,8 @@ class LatentReader(Reader):
             latents[number] = data
             captions.append(self.caption(caption, told, draws[number]))
             attributes.append(told)
+        for place in ids[shown != ids]:
+            self._accounting.replaced("crc_mismatch", int(self.index.shard[place]))
         self._accounting.read(len(ids))
         mirrored = np.array(flips, np.int64)
         texts = {
@@ -166,7 +168,6 @@ class LatentReader(Reader):
             place = int(ids[number])
             if found is None:
                 self._refuse(place, BadSample("crc_mismatch", "of the latent cache"))
-                self._accounting.replaced("crc_mismatch", int(self.index.shard[place]))
                 shown[number], stored[number] = self._stand_in(place, flips[number], size, has_latents)
             self._accounting.good(int(self.index.shard[shown[number]]))
         return shown, stored

@@ -35,6 +35,7 @@ class _Sample(NamedTuple):
     attributes: Attributes
     caption: str
     picture: Pictures | None
+    is_decoded: bool = False  # just now, not recalled
 
 
 class Reader:
@@ -191,7 +192,7 @@ class Reader:
         kept = self._kept.get(place)
         if kept is None or (view.size and (kept.picture is None or view.size != self._cache.shape[1:3])):
             return None
-        return kept._replace(caption=self.caption(kept.text, kept.attributes, view.draw))
+        return kept._replace(caption=self.caption(kept.text, kept.attributes, view.draw), is_decoded=False)
 
     def _first(self, place: int) -> int:
         """The sample to try at a place: the first that is not known to be bad."""
@@ -231,8 +232,7 @@ class Reader:
             return _Sample(sample, text, attributes, caption, None)
         companions = dict(zip(self._companions, pictures[1:]))
         picture = decode_pictures(pictures[0], companions, view, self.ground)
-        self._accounting.add("decoded", 1)
-        return _Sample(sample, text, attributes, caption, picture)
+        return _Sample(sample, text, attributes, caption, picture, is_decoded=True)
 
     def _keep(self, place: int, found: _Sample) -> _Sample:
         if found.picture is not None:
@@ -258,7 +258,7 @@ class Reader:
                 self._accounting.replaced(reason, int(self.index.shard[place]))
         for name, count in self._members.storage.take_counts().items():
             self._accounting.add(name, count)
-        self._accounting.read(len(places))
+        self._accounting.read(len(places), sum(sample.is_decoded for sample in samples))
 
     def _kinds(self, view: View) -> tuple[int, ...]:
         companions = (COMPANIONS[name] for name in self._companions)

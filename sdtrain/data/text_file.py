@@ -21,15 +21,12 @@ from zlib_ng.zlib_ng import crc32
 from sdtrain.data.caption import CaptionRule
 from sdtrain.data.latent_file import (
     TABLE,
-    VERSION,
     intact,
     part_paths,
     require_same,
-    require_version,
-    save_array,
-    write_json,
     write_part,
 )
+from sdtrain.data.sealed import read_sealed, save_array, write_sealed
 from sdtrain.errors import ConfigError
 
 FOLDER, ABOUT = "text", "text.json"
@@ -82,19 +79,18 @@ def finish_text(here: Path, about: Mapping[str, Any], job: Mapping[str, Any]) ->
     told, tables = [], []
     for part in range(len(about["parts"])):
         _, rows, said = part_paths(here, part)
-        told.append(json.loads(said.read_text()))
+        told.append(read_sealed(said))
         tables.append(np.load(rows, allow_pickle=False))
     save_array(here / TABLE, np.concatenate(tables))
     names = ("num_samples", "num_bytes", "sha256")
     parts = [{name: one[name] for name in names} for one in told]
     found = {
-        "v": VERSION,
         **job,
         "tool": f"sdtrain {version('sdtrain')}",
         "num_samples": about["num_samples"],
         "parts": parts,
     }
-    write_json(here / ABOUT, found)
+    write_sealed(here / ABOUT, found)
     return found
 
 
@@ -107,8 +103,7 @@ def read_text_about(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[st
     """The text.json of every encoder whose embeddings a cache has, by its folder's name."""
     found = {}
     for path in sorted((folder / FOLDER).glob(f"*/{ABOUT}")):
-        told = json.loads(path.read_text())
-        require_version(told, path.parent)
+        told = read_sealed(path)
         require_same(told, {"latents": about["fingerprint"]}, f"data.folder: {path.parent} is of other latents")
         found[path.parent.name] = told
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from sdtrain.data.decode import decode_image, open_image, upright_size
 from sdtrain.data.view import to_float
 from sdtrain.errors import ConfigError
 from sdtrain.target import parts
+from sdtrain.tracker.jsonl import read_rows
 
 _KEEP = (0, 0, 0)  # what a mask's transparent pixels are: not to be painted
+_LONGEST = 100  # characters of a caption that is suggested
 
 Told = Mapping[str, Any]  # by key: one value for all pictures, or a list with one for each
 Size = tuple[int, int]  # height and width
@@ -64,14 +67,28 @@ def followed_size(told: Told, inputs: Mapping[str, Input], down_factor: int) -> 
     return None
 
 
-def example(conditioner: DictConfig) -> str:
-    """What tools/sample.py may be told for a run with this conditioner, read from its classes; nothing is built."""
+def example(conditioner: DictConfig, directory: Path | None = None) -> str:
+    """What tools/sample.py may be told for a run with this conditioner, read from its classes; nothing is built.
+
+    Args:
+        directory: the run's, whose own captions are the ones that its model knows the words of.
+    """
     found: dict[str, Input] = {}
     for _, node in parts(OmegaConf.to_container(conditioner, resolve=True)):
         found |= getattr(get_object(node["_target_"]), "inputs", {})
-    said = {"text": '"a big red star on a white background, in the center"', "label": "--label 0"}
+    said = {"text": shlex.quote(_own_caption(directory)), "label": "--label 0"}
     words = [said.get(read.kind, f"--{key} FILE") for key, read in found.items() if read.is_needed]
-    return " ".join(sorted(words)) or "--num 4"
+    return " ".join(sorted(words, key=lambda word: word.startswith("--"))) or "--num 4"
+
+
+def _own_caption(directory: Path | None) -> str:
+    """The first caption that the run drew a preview of and that a shell takes in a line."""
+    metrics = None if directory is None else directory / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics is not None and metrics.is_file() else []
+    drawn = (row for row in rows if row.get("event") == "image" and row.get("name") == "diffusion/samples")
+    captions = (caption for row in drawn for caption in row.get("captions", ()))
+    fit = (text for text in captions if text.isprintable() and 0 < len(text) <= _LONGEST and text[0] != "-")
+    return next(fit, "a caption")
 
 
 def _check(told: Told, inputs: Mapping[str, Input]) -> None:

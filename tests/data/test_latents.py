@@ -25,6 +25,7 @@ from sdtrain.data.latent_file import (
     start,
 )
 from sdtrain.data.latents import LatentDataModule
+from sdtrain.data.sealed import write_sealed
 from sdtrain.data.text_file import encoder_folder, finish_text, text_job, write_text_part
 from sdtrain.data.view import to_float
 from sdtrain.errors import ConfigError
@@ -176,7 +177,7 @@ def test_another_first_stage_is_refused_by_name(shards, precompute):
     with pytest.raises(ConfigError, match="image_size is 16 there, 32 here"):
         LatentDataModule(str(data.folder), image_size=32).setup()
     about = read_about(data.folder)
-    (data.folder / ABOUT).write_text(json.dumps(about | {"preprocessing": 0}))
+    write_sealed(data.folder / ABOUT, about | {"preprocessing": 0})
     with pytest.raises(ConfigError, match="preprocessing is 0 there"):
         module(data.folder)
 
@@ -193,7 +194,7 @@ def test_changed_latents_are_found(shards, precompute):
     about, first_stage = read_about(out), FirstStage()
     with torch.no_grad():
         first_stage.conv.bias += 1
-    (out / ABOUT).write_text(json.dumps(about | {"first_stage": identity(first_stage)}))
+    write_sealed(out / ABOUT, about | {"first_stage": identity(first_stage)})
     with pytest.raises(ConfigError, match="encodes to another latent now"):
         check_latents(first_stage, module(out), seed=0)
     part_paths(out, 0)[0].write_bytes(b"short")
@@ -318,6 +319,8 @@ def test_a_flipped_bit_of_anything_that_is_stored_is_replaced_and_counted(shards
         assert bytes(batch["latent"][0].numpy().tobytes()) == bytes(views[is_mirrored][0]), name
         told = data.accounting()
         assert (told["replaced"], told["replaced/crc_mismatch"]) == (1, 1), name
+        data.captions("train")  # is no batch
+        assert data.accounting()["replaced"] == 1, name
         assert "crc_mismatch" in reader._accounting.quarantine.path.read_text()
         path.write_bytes(kept)
     clean = module(out, flip=True)
@@ -336,6 +339,28 @@ def test_a_flipped_bit_of_the_index_is_refused_by_name(shards, precompute):
     module(out)
 
 
+def test_a_flipped_bit_of_what_a_cache_says_of_itself_is_refused_by_name(shards, precompute, embed):
+    made = shards()
+    out = precompute(made)
+    here = embed(out)
+    for path in (out / ABOUT, here / "text.json"):
+        kept = path.read_bytes()
+        for byte in range(3, len(kept), 41):
+            flip_bit(path, byte)
+            with pytest.raises(ConfigError, match=f"{path.name} is|version"):
+                module(out)
+            path.write_bytes(kept)
+    (out / ABOUT).unlink()
+    for path, kind in ((out / JOB, JOB), (part_paths(out, 1)[2], "000001.json")):
+        kept = path.read_bytes()
+        flip_bit(path, kept.index(b'": ') + 3)
+        with pytest.raises(ConfigError, match=f"{kind} is|version"):
+            precompute(made)
+        path.write_bytes(kept)
+    precompute(made)
+    module(out)
+
+
 def test_without_a_whole_sample_it_ends(shards, precompute):
     out = precompute(shards())
     for part in range(5):
@@ -351,7 +376,7 @@ def test_a_cache_without_checksums_is_refused_by_its_version(shards, precompute)
         about = json.loads((out / name).read_text())
         del about["v"]
         (out / name).write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match="version 1, this reads 2, .* remove it and make it again"):
+    with pytest.raises(ConfigError, match="version 1, this reads 3, .* remove it and make it again"):
         module(out)
-    with pytest.raises(ConfigError, match="version 1, this reads 2"):
+    with pytest.raises(ConfigError, match="version 1, this reads 3"):
         precompute(made)

@@ -149,6 +149,19 @@ def test_bad_samples_are_replaced_by_the_next_good_one(index, num_cached):
     }
 
 
+@pytest.mark.parametrize("num_cached", [0, 8])
+def test_what_is_counted_adds_up(index, num_cached):
+    """Pictures that are decoded for no batch, to find out which are good, are no samples of one."""
+    reader = Reader(index, 16, num_cached)
+    reader.shown()
+    assert reader.accounting()["read"] == reader.accounting().get("decoded", 0) == 0
+    batch(reader, range(20))
+    batch(reader, range(20), size=(8, 24))
+    counts = reader.accounting()
+    assert (counts["read"], counts["decoded"], counts["replaced"]) == (40, 40 - num_cached, 12)
+    assert sum(count for name, count in counts.items() if name.startswith("replaced/")) == 12
+
+
 def test_replacement_does_not_depend_on_what_was_read_before(index):
     order = np.random.default_rng(0).permutation(20)
     reader = Reader(index, 16)

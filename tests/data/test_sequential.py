@@ -258,7 +258,7 @@ def test_bad_samples_are_left_out_and_the_batch_stays_full(make_shards, make_sam
     told = {a["number"] for batch in batches for a in batch["attributes"]}
     assert told == set(range(20)) - bad.keys()
     report = made.report()
-    assert report["read"] == 36
+    assert (report["read"], report["decoded"]) == (36, 36)
     wanted = {"not_an_image", "caption_too_large", "caption_not_utf8", "bad_json", "empty_caption"}
     assert {name for name in report if name.startswith("replaced/")} == {f"replaced/{name}" for name in wanted}
     assert report["replaced"] == sum(report[f"replaced/{name}"] for name in wanted)
@@ -305,7 +305,7 @@ def test_a_cut_at_any_block_never_makes_a_wrong_pair(make_shards, caplog):
     first.write_bytes(whole[:end])
     made = lanes([first, other])
     assert Counter(numbers(made.once())) == {0: 2, 1: 2, 2: 2, 3: 2}
-    assert made.report() == {"read": 0, "decoded": 8, "replaced": 0}
+    assert made.report() == {"read": 0, "replaced": 0}
 
 
 def test_a_flipped_bit_in_any_header_is_told(make_shards):
@@ -339,7 +339,7 @@ def test_what_other_readers_run_is_never_opened(tmp_path, make_sample):
     made = lanes([tar_of(tmp_path / "x.tar", members)])
     assert numbers(made.once()) == [0]
     lost = {"lost/bad_key": 1, "lost/forbidden_suffix": 5, "lost/ignored_member": 2}
-    assert made.report() == {"read": 0, "decoded": 1, "replaced": 0} | lost
+    assert made.report() == {"read": 0, "replaced": 0} | lost
     assert not (tmp_path / "ran").exists()
 
 
@@ -361,7 +361,7 @@ def test_members_of_no_sample_are_counted(tmp_path, make_sample):
     made = lanes(shards)
     assert numbers(made.once()) == [0]
     lost = {"lost/ignored_member": 2, "lost/empty_shard": 1}
-    assert made.report() == {"read": 0, "decoded": 1, "replaced": 0} | lost
+    assert made.report() == {"read": 0, "replaced": 0} | lost
 
 
 def test_interleaved_members_are_told(tmp_path, make_sample):
@@ -437,7 +437,7 @@ def test_a_disk_that_fails_for_a_moment(make_shards, monkeypatch):
     monkeypatch.setattr(LocalFile, "_open", flaky)
     made = lanes(shards)
     assert sorted(numbers(made.once())) == list(range(20))
-    assert made.report() == {"read": 0, "decoded": 20, "retries": 3, "replaced": 0}
+    assert made.report() == {"read": 0, "retries": 3, "replaced": 0}
 
 
 @pytest.mark.parametrize("behaviour", ["plain", "busy", "cut", "ranges"])

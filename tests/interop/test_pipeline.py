@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from sdtrain.data.scene import GROUNDS
 from sdtrain.errors import ConfigError
 from sdtrain.interop.pipeline import Pipeline
 from sdtrain.interop.told import example, read_told
+from sdtrain.tracker.jsonl import JsonlTracker
 
 CAPTIONS = ["a big red star on a white background", "a small blue ring on a navy background", "two green hearts"]
 
@@ -222,17 +224,22 @@ def test_values_that_cannot_be(pipe, finished):
 # What is told beside captions, or in their place
 
 
-def test_what_to_type_next():
+def test_what_to_type_next(tmp_path):
     from sdtrain.config import load_config
 
-    found = {
-        name: example(load_config(["+experiment=smoke", f"conditioner={name}"]).conditioner)
+    smoke = ["+experiment=smoke", "+model.num_class_embeds=1001"]
+    parts = {
+        name: load_config([*smoke, f"conditioner={name}"]).conditioner
         for name in ("text_tiny", "text_concat", "none", "label", "inpainting", "upscaling", "editing", "sdxl", "sd3")
     }
-    star = '"a big red star on a white background, in the center"'
     pictures = {"inpainting": "--image FILE --mask FILE", "upscaling": "--image FILE", "editing": "--source FILE"}
-    told = {"label": "--label 0", "none": "--num 4"} | {name: f"{star} {text}" for name, text in pictures.items()}
-    assert found == dict.fromkeys(found, star) | told
+    told = {name: f"'a caption' {text}" for name, text in pictures.items()} | {"label": "--label 0", "none": "--num 4"}
+    assert {name: example(part) for name, part in parts.items()} == dict.fromkeys(parts, "'a caption'") | told
+    rows = JsonlTracker(tmp_path / "metrics.jsonl")
+    rows.image("autoencoder/samples", tmp_path, 0, ["original | reconstruction"])
+    rows.image("diffusion/samples", tmp_path, 0, ["", "--no", "two\nlines", "a" * 101, "my dog's bone", "another"])
+    assert shlex.split(example(parts["inpainting"], tmp_path)) == ["my dog's bone", *pictures["inpainting"].split()]
+    assert example(parts["label"], tmp_path) == "--label 0"
 
 
 def test_a_label(trained):

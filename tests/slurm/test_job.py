@@ -103,9 +103,12 @@ def test_what_is_cancelled_does_not_come_back(slurm, send, tmp_path, options, en
     assert (record["Restarts"], (tmp_path / "run" / "STOPPED").exists()) == ("0", True)
 
 
-def test_what_is_preempted_comes_back(slurm, send, tmp_path):
-    """As on a cluster that sends TERM, the run leaves STOPPED; that it is preempted only Slurm can tell."""
-    job = send("trap 'step; leave STOPPED' USR1; [ ${SLURM_RESTART_COUNT:-0} = 0 ] && wait_for; exit 0")["diffusion"]
+@pytest.mark.parametrize("handler", ["trap 'step; leave STOPPED' USR1", "true"])
+def test_what_is_preempted_comes_back(slurm, send, tmp_path, handler):
+    """As on a cluster that sends TERM, the run leaves STOPPED, or nothing while it loads and has no handler; that it is
+    preempted only Slurm can tell.
+    """
+    job = send(f"{handler}; [ ${{SLURM_RESTART_COUNT:-0}} = 0 ] && wait_for; exit 0")["diffusion"]
     running(slurm, job, tmp_path / "run" / "tasks")
     urgent = slurm.run("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap=true")
     record = slurm.wait(job)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,16 @@ def test_pictures_with_text_files(tool, folder, tmp_path):
     assert len(set(keys)) == 6
     assert "sub_c" in keys
     assert (folder / "b.JPG").read_bytes() in next(out.glob("*.tar")).read_bytes()  # as they are
+
+
+def test_capitals_of_a_camera(tool, folder, tmp_path):
+    picture(folder / "X.JPG", 40)
+    (folder / "X.TXT").write_text("loud")
+    picture(folder / "X.mask.PNG", 255)
+    assert tool(folder, tmp_path / "out")[0] == 0
+    assert read(tmp_path / "out")[0] == {"loud": 40}
+    with tarfile.open(next((tmp_path / "out").glob("*.tar"))) as tar:  # other readers take small letters only
+        assert sorted(tar.getnames()) == ["X.jpg", "X.mask.png", "X.txt"]
 
 
 def test_bad_ones_are_left_out_and_counted(tool, folder, tmp_path):
