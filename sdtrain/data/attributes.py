@@ -14,7 +14,8 @@ _BRACKET = re.compile(rb"[\[{\]}]")
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """The object. NaN, what is nested deeply, and what is no object are refused.
+    """The object. What is nested deeply, and what is no object are refused; NaN and Infinity, which img2dataset writes
+    for numbers that are missing, are None.
 
     Raises:
         BadSample: with the reason.
@@ -22,7 +23,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:
         _check_depth(data)
     try:
-        value = json.loads(data, parse_constant=_refuse)
+        value = json.loads(data, parse_constant=_nothing)
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", str(error)) from error
     if not isinstance(value, dict):
@@ -39,5 +40,5 @@ def _check_depth(data: bytes) -> None:
             raise BadSample("bad_json", f"nested more than {_MAX_DEPTH} deep")
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+def _nothing(_constant: str) -> None:
+    return None

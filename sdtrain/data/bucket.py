@@ -15,6 +15,7 @@ from sdtrain.errors import ConfigError
 # What stands in the place of a bucket's number where a picture has none.
 TOO_LONG, TOO_SMALL = 254, 255
 REASONS = {TOO_LONG: "ratio", TOO_SMALL: "upscale"}
+_MAX_RATIO = 1000
 _MAX_AREA_RATIO = 1.1
 _CHUNK_SAMPLES = 1 << 16
 
@@ -44,8 +45,13 @@ class Buckets:
     ) -> None:
         if sync not in ("none", "group"):
             raise ConfigError(f"data.buckets.sync={sync!r} is none of 'none', 'group'")
-        if step < 1 or max_ratio < 1 or (cell is not None and cell < 1):
-            raise ConfigError("data.buckets: step, max_ratio and cell must be at least 1")
+        if step < 1 or (cell is not None and cell < 1):
+            raise ConfigError("data.buckets: step and cell must be at least 1")
+        if not 1 <= max_ratio <= _MAX_RATIO:
+            raise ConfigError(f"data.buckets.max_ratio: {max_ratio} is not between 1 and {_MAX_RATIO}")
+        bases = list(base) if isinstance(base, list) else [base]
+        if not bases or (base is not None and not all(isinstance(one, int) for one in bases)):
+            raise ConfigError(f"data.buckets.base: {base!r} is no side in pixels, and no list of them")
         self.base, self.step, self.max_ratio, self.max_upscale = base, step, max_ratio, max_upscale
         self.cell, self.sync = cell, sync
 

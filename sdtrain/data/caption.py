@@ -74,10 +74,12 @@ class CaptionRule:
     def __post_init__(self) -> None:
         if self.fields is None:
             object.__setattr__(self, "fields", {"txt": 1.0})
+        if not isinstance(self.fields, Mapping):
+            raise ConfigError(f"caption.fields: {self.fields} has no weights; write {{txt: 1.0}}")
         for name, weight in self.fields.items():
             if name != "txt" and not (name.startswith("json.") and all(name.split("."))):
                 raise ConfigError(f"caption.fields: '{name}' is neither txt nor json.NAME")
-            if not (math.isfinite(weight) and weight > 0):
+            if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
                 raise ConfigError(f"caption.fields: the weight of {name} is {weight}; it must be above 0")
         if not self.fields:
             raise ConfigError("caption.fields is empty; write {txt: 1.0}")

@@ -35,7 +35,7 @@ def open_address(address: str, num_bytes: int, version: str, retry: Retry | None
 
 
 def expand(pattern: str, option: str) -> list[str]:
-    """The addresses that a remote one with {00000..00123}, or with * in S3, stands for."""
+    """The addresses that one with {00000..00123}, or with * in S3, stands for."""
     check_address(pattern, option)
     found = _NUMBERS.search(pattern)
     if found:

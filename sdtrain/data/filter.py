@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdtrain.data.index import Index
+from sdtrain.data.metadata import column_name
 from sdtrain.errors import ConfigError
 
 _OPERATORS: dict[str, Callable[[Any, Any], np.ndarray]] = {
@@ -81,7 +82,7 @@ def _passes(index: Index, comparison: Comparison, option: str) -> np.ndarray:
 
 def _column(index: Index, comparison: Comparison, option: str) -> tuple[np.ndarray, np.ndarray]:
     """The values, and where there is one. Sides are the picture's own, whatever its metadata says."""
-    name = comparison.column
+    name = column_name(comparison.column) or comparison.column  # as the index has it
     if name in ("width", "height"):
         side = index.side[:, ("width", "height").index(name)]
         return side, side > 0

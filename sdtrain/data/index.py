@@ -164,14 +164,16 @@ def find_shards(shards: str | Path | Sequence[str | Path], option: str = "data.s
     """Paths, globs, folders, addresses and index folders -> shards and index folders, sorted, each once."""
     found = set()
     for pattern in [shards] if isinstance(shards, (str, Path)) else list(shards):
-        matches = expand(str(pattern), option) if scheme_of(str(pattern)) else _find_local(Path(pattern).expanduser())
-        if not matches:
+        addresses = expand(str(pattern), option)
+        matches = {one: [one] if scheme_of(one) else _find_local(Path(one).expanduser()) for one in addresses}
+        missing = [one for one, shards_there in matches.items() if not shards_there]
+        if missing or not matches:
             raise ConfigError(
-                f"{option}: no shard matches '{pattern}' (looked from {Path.cwd()}). Give a .tar file, a folder of "
-                "them, a glob in quotes such as 'OUT/*.tar', or a folder that tools/index_shards.py made; "
+                f"{option}: no shard matches '{[*missing, pattern][0]}' (looked from {Path.cwd()}). Give a .tar file, "
+                "a folder of them, a glob in quotes such as 'OUT/*.tar', or a folder that tools/index_shards.py made; "
                 "`python tools/make_shards.py FOLDER OUT` makes shards"
             )
-        found.update(matches)
+        found.update(*matches.values())
     if not found:
         raise ConfigError(f"{option}: the list is empty; give a .tar file, a folder of them, or a glob in quotes")
     return sorted(found)

@@ -110,8 +110,8 @@ class Plan:
         least = min(weight for weight in self.weights if weight) / sum(self.weights)
         if least * self.pool_samples < 1:
             raise ConfigError(
-                f"data.sources: a weight of {least} gives less than one sample in a block of {self.pool_samples}; "
-                "raise it, or write 0"
+                f"data.sources: a weight of {float(least):.3g} gives less than one sample in a block of "
+                f"{self.pool_samples}; raise it, or write 0"
             )
         if self.layout is not None and self.global_batch_size % self.layout.cell:
             raise ConfigError(

@@ -57,6 +57,8 @@ def read_sources(sources: Mapping[str, Mapping[str, Any]]) -> list[Source]:
             raise ConfigError(f"{where}.weight: {given['weight']!r} is no number; write '0.7' or '7/10'") from error
         if weight < 0:
             raise ConfigError(f"{where}.weight: {weight} is less than 0")
+        if isinstance(given.get("filter"), str):
+            raise ConfigError(f"{where}.filter: write a list, ['{given['filter']}']")
         found.append(Source(name, given["shards"], weight, given.get("filter") or (), f"{where}.shards"))
     if not any(source.weight for source in found):
         raise ConfigError("data.sources: no source has a weight above 0")
@@ -160,7 +162,8 @@ class Corpus:
         self.counts.update(counts)
         num = int(has_bucket.sum())
         if not num:
-            raise ConfigError(f"data.buckets: no picture has a bucket ({counts}); look at max_ratio and max_upscale")
+            why = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+            raise ConfigError(f"data.buckets: no picture has a bucket ({why}); look at max_ratio and max_upscale")
         if num < len(index):
             self.notes.append(f"{len(index) - num} of {len(index)} pictures have no bucket and are left out")
         return index.subset(has_bucket)

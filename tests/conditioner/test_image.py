@@ -153,8 +153,9 @@ def test_a_batch_without_the_picture_says_what_to_do(batch):
 )
 def test_beside_text_as_configured(batch, name, channels, keys, tmp_path):
     small = ["width=16", "num_layers=1", "num_heads=2", "vocab_size=270", "max_tokens=8"]
+    net = ["model=unet_upscale"] if name == "upscaling" else []  # which has the classes that it names
     conditioner = build(
-        load_config([f"conditioner={name}", *(f"conditioner.parts.text.{o}" for o in small)]).conditioner
+        load_config([*net, f"conditioner={name}", *(f"conditioner.parts.text.{o}" for o in small)]).conditioner
     )
     conditioner.prepare(tmp_path, lambda: ["a star", "a square"])
     batch = batch | {"source": batch["image"]}

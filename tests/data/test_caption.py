@@ -166,6 +166,8 @@ def test_a_sample_is_bad_by_its_bytes_not_by_the_draw(draw):
         ({"fields": {"json.": 1}}, "neither txt nor"),
         ({"fields": {"txt": 0}}, "the weight of txt is 0"),
         ({"fields": {"txt": float("nan")}}, "the weight of txt is nan"),
+        ({"fields": {"txt": "often"}}, "the weight of txt is often"),
+        ({"fields": ["txt"]}, "has no weights; write {txt: 1.0}"),
         ({"template": "a picture"}, "has no {caption}"),
         ({"max_characters": 0}, "max_characters: 0"),
         ({"empty": "skip"}, "'skip' is neither"),

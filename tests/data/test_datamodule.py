@@ -132,7 +132,7 @@ def test_buckets_that_cannot_be_split_so(wide):
     data = module(wide, image_size=32, buckets=Buckets(step=8, max_upscale=1.4, cell=4))
     with pytest.raises(ConfigError, match=r"with 1 ranks num_accumulate may be one of \[2, 4, 8\]"):
         data.train_dataloader()
-    with pytest.raises(ConfigError, match="no picture has a bucket"):
+    with pytest.raises(ConfigError, match=r"no picture has a bucket \(rejected/ratio \d+, rejected/upscale \d+\)"):
         module(wide, image_size=256, buckets=Buckets(step=64)).setup()
 
 
@@ -211,6 +211,7 @@ def test_source_with_a_filter(two_sources, make_shards, capsys):
         ({"shards": None}, "first: shards are missing"),
         ({"wieght": "1"}, r"first: unknown \['wieght'\]"),
         ({"shards": "nowhere.tar"}, "first.shards: no shard matches"),
+        ({"filter": "beauty > 3"}, r"first.filter: write a list, \['beauty > 3'\]"),
         ({"filter": ["beauty > 3"]}, "first.filter: .*beauty"),
     ],
 )

@@ -40,6 +40,8 @@ def kept(index, *comparisons):
         ("aesthetic == 4e0", [1]),
         ("language == en", [0, 2]),
         ("language == 'en'", [0, 2]),
+        ("LANGUAGE == en", [0, 2]),
+        ("AESTHETIC_SCORE > 5", [0]),
         ("language != en", [1]),
         ("width >= 16", [0, 1, 2, 3, 4]),
         ("height <= 16", [0, 1, 2, 3, 4]),

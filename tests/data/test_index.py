@@ -103,7 +103,9 @@ def test_find_shards(tmp_path, make_shards, monkeypatch):
     folder = tmp_path / "shards"
     assert find_shards(folder) == find_shards(str(folder / "*.tar")) == find_shards([shards[0], str(folder)]) == shards
     monkeypatch.chdir(tmp_path)
-    assert find_shards("shards/x-00000[01].tar") == shards[:2]
+    assert find_shards("shards/x-00000[01].tar") == find_shards("shards/x-{000000..000001}.tar") == shards[:2]
+    with pytest.raises(ConfigError, match=r"no shard matches 'shards/x-000003\.tar'"):
+        find_shards("shards/x-{000000..000003}.tar")
 
 
 def test_remote_shards_have_numbers():

@@ -15,12 +15,12 @@ def test_numbers_and_words():
     assert read_fields(json.dumps(fields).encode()) == expected
 
 
-@pytest.mark.parametrize("data", [b"", b"[1]", b"7", b"\xff", b"[" * 99999, b'{"a": NaN}', b'{"a": -Infinity}', b"{"])
+@pytest.mark.parametrize("data", [b"", b"[1]", b"7", b"\xff", b"[" * 99999, b"{"])
 def test_what_cannot_be_read(data):
     assert read_fields(data) is None
 
 
-@pytest.mark.parametrize("value", ["1e999", "-1e999", "9" * 400, '"5"'])
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", "-Infinity", "9" * 400, '"5"'])
 def test_numbers_that_are_none(value):
     assert read_fields(f'{{"a": {value}, "b": 1}}'.encode()) == {"b": 1.0}
 
