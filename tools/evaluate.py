@@ -9,8 +9,11 @@ A protocol is a file of configs/evaluation/. Everything a figure depends on is w
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 KEYS = {"source", "num_images", "split", "guidance", "batch", "num_kept", "extractors", "metric"}
 OPTIONAL = {"perceptual", "num_training", "detector"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 CHANGEABLE = ("num_images", "guidance", "split", "sampler", "num_steps", "seed", "weights")
 
 
@@ -36,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-images", metavar="N", type=int, help="default: the protocol's")
     parser.add_argument("--guidance", metavar="SCALE", type=float, nargs="+", help="default: the protocol's")
     parser.add_argument("--split", help="of the run's data, for captions and reference; default: the protocol's")
-    parser.add_argument("--prompts", metavar="FILE", type=Path, help="captions, one a line, or a .jsonl with `prompt`")
+    parser.add_argument(
+        "--prompts", metavar="FILE", type=Path, help="captions, one a line; a .jsonl, .csv or .tsv with `prompt`"
+    )
     parser.add_argument("--sampler", metavar="NAME", help="one of configs/sampler/; default: the run's")
     parser.add_argument("--num-steps", metavar="N", type=int, help="of the sampler; default: the run's")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
@@ -95,6 +101,10 @@ def read_protocol(args: argparse.Namespace) -> dict[str, Any]:
     protocol = {"protocol": file.stem, **dict.fromkeys(CHANGEABLE), **protocol, **changed}
     if protocol["num_images"] < 2:
         raise ConfigError(f"--num-images: {protocol['num_images']} pictures have no moments; give at least 2")
+    if args.devices < 1:
+        raise ConfigError(f"--devices: {args.devices} processes measure nothing; give at least 1")
+    if not all(scale is None or math.isfinite(scale) for scale in protocol["guidance"] or ()):
+        raise ConfigError(f"--guidance: {protocol['guidance']} is not finite")
     if args.metric:
         asked = {key: [n for n in names if n in args.metric] for key, names in protocol["metric"].items()}
         missing = set(args.metric) - {name for names in asked.values() for name in names}
@@ -105,18 +115,39 @@ def read_protocol(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_prompts(file: Path) -> list[dict[str, Any]]:
-    """The lines that are not empty, as {"prompt": line}; of a .jsonl file, its objects."""
+    """The lines that are not empty, as {"prompt": line}; of a .jsonl its objects; of a .csv or .tsv the column that
+    PartiPrompts and DrawBench call Prompt and Prompts.
+    """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        prompts = [json.loads(line) if file.suffix == ".jsonl" else {"prompt": line} for line in lines]
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if file.suffix in _SEPARATORS:
+        table = csv.DictReader(io.StringIO(text), delimiter=_SEPARATORS[file.suffix])
+        column = next((name for name in table.fieldnames or () if name.lower() in ("prompt", "prompts")), None)
+        if column is None:
+            raise ConfigError(f"--prompts: {file} has no column named prompt, but {table.fieldnames}")
+        lines = [(row[column] or "").strip() for row in table]
+    else:
+        lines = [line.strip() for line in text.splitlines()]
+    prompts = [
+        _object(line, file, number) if file.suffix == ".jsonl" else {"prompt": line}
+        for number, line in enumerate(lines, 1)
+        if line
+    ]
     if not prompts:
         raise ConfigError(f"--prompts: {file} holds no prompt")
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
-            raise ConfigError(f"--prompts: {file}: object {number} has no `prompt`")
     return prompts
+
+
+def _object(line: str, file: Path, number: int) -> dict[str, Any]:
+    try:
+        prompt = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"--prompts: {file} cannot be read: line {number} is no JSON") from error
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+        raise ConfigError(f"--prompts: {file}: line {number} has no `prompt`")
+    return prompt
 
 
 def write(run: Path, evaluation: Evaluation, results: list[dict[str, Any]]) -> Path:

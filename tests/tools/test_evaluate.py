@@ -17,11 +17,17 @@ TOOL = ROOT / "tools" / "evaluate.py"
 
 
 @pytest.fixture
-def tool(capsys):
-    """tool(arguments) -> (exit code, standard output, standard error), in this process."""
+def module():
+    """The tool, which is no package's."""
     spec = importlib.util.spec_from_file_location("evaluate", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def tool(module, capsys):
+    """tool(arguments) -> (exit code, standard output, standard error), in this process."""
     capsys.readouterr()
     return lambda *arguments: (module.main([str(argument) for argument in arguments]), *capsys.readouterr())
 
@@ -192,6 +198,19 @@ def test_prompts_come_round(tool, run, tmp_path):
     assert read(printed)["results"][0]["num_pictures"] == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("drawbench.csv", 'Prompts,Category\nA red star.,Colors\n"A ring, left of a star",Positional\n'),
+        ("parti.tsv", "Prompt\tCategory\tNote\nA red star.\tAbstract\t-\nA ring, left of a star\tArts\t-\n"),
+        ("own.txt", "A red star.\n\n  A ring, left of a star\n"),
+    ],
+)
+def test_prompts_as_they_are_published(module, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert module.read_prompts(tmp_path / name) == [{"prompt": "A red star."}, {"prompt": "A ring, left of a star"}]
+
+
 PROMPTS = [
     {"tag": "single_object", "prompt": "a photo of a bus", "include": [{"class": "bus", "count": 1}]},
     {"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]},
@@ -245,7 +264,7 @@ def test_geneval_says_what_it_lacks(tool, run, geneval, tmp_path):
     for arguments, expected in [
         ((*protocol, "--metric", "geneval"), "geneval wants --prompts FILE.jsonl, a JSON object a line"),
         ((*protocol, "--prompts", plain), "prompt 1 cannot be judged"),
-        ((*protocol, "--prompts", lame), "object 1 has no `prompt`"),
+        ((*protocol, "--prompts", lame), "line 1 has no `prompt`"),
         ((*protocol, "--prompts", wild), "prompt 1: the detector knows no 'unicorn'"),
         ((*protocol, "--prompts", tmp_path / "broken.jsonl"), "broken.jsonl cannot be read"),
         ((*official, *geneval[2:]), "config.json; it wants a folder of"),
@@ -258,6 +277,9 @@ def test_geneval_says_what_it_lacks(tool, run, geneval, tmp_path):
 
 
 def test_mistakes_end_with_2_and_one_line(tool, run, protocol, tmp_path):
+    table, broken = tmp_path / "table.csv", tmp_path / "broken.jsonl"
+    table.write_text("Category,Words\nArts,a star\n")
+    broken.write_text('{"prompt": "a star"}\n\n{')
     for arguments, expected in [
         ((tmp_path,), "is no run: there is no"),
         ((run, "--protocol", "coco"), "nor one of coco30k, drawbench"),
@@ -267,6 +289,10 @@ def test_mistakes_end_with_2_and_one_line(tool, run, protocol, tmp_path):
         ((run, "--num-images", 1), "give at least 2"),
         ((run, "--split", "none"), "has no 'none'; it has"),
         ((run, "--prompts", tmp_path / "absent"), "cannot be read"),
+        ((run, "--prompts", table), "has no column named prompt, but ['Category', 'Words']"),
+        ((run, "--prompts", broken), "broken.jsonl cannot be read: line 3 is no JSON"),
+        ((run, "--guidance", "nan"), "--guidance: [nan] is not finite"),
+        ((run, "--devices", 0), "--devices: 0 processes"),
         ((run, "--reference", tmp_path), "holds no stored moments"),
     ]:
         code, printed, error = tool(*arguments)
