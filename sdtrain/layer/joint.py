@@ -89,7 +89,7 @@ class JointAttention(nn.Module):
             self.to_add_out = nn.Linear(dim, dim)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, D / heads)
+        return x.unflatten(-1, (self.num_heads, -1))  # (B, L, heads, D / heads)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """x (B, L, D), context (B, M, D), mask (B, 1, 1, L + M) bool with True = attend -> the like of x, and of the
@@ -98,10 +98,10 @@ class JointAttention(nn.Module):
         heads, length = self._heads, x.shape[1]
         q, k, v = self.norm_q(heads(self.to_q(x))), self.norm_k(heads(self.to_k(x))), heads(self.to_v(x))
         if context is not None:
-            # to (B, heads, L + M, D / heads), contiguous: one copy joins the streams and suits the products behind it
-            q = torch.cat((q, self.norm_added_q(heads(self.add_q_proj(context)))), dim=2)
-            k = torch.cat((k, self.norm_added_k(heads(self.add_k_proj(context)))), dim=2)
-            v = torch.cat((v, heads(self.add_v_proj(context))), dim=2)
+            q = torch.cat((q, self.norm_added_q(heads(self.add_q_proj(context)))), dim=1)
+            k = torch.cat((k, self.norm_added_k(heads(self.add_k_proj(context)))), dim=1)
+            v = torch.cat((v, heads(self.add_v_proj(context))), dim=1)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, L + M, D / heads)
         attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, L + M, D)
         answers = [self.to_out[0](attended[:, :length])]
         if hasattr(self, "to_add_out"):

@@ -1,5 +1,5 @@
-"""Attention in bfloat16 on a CPU: at the lengths of small latents three plain products, at longer ones our backward in
-matrix tiles (`sdtrain/layer/flash.py`), each beside torch's own kernel, forward and backward.
+"""Attention in bfloat16 on a CPU, forward and backward: ours in matrix tiles (`sdtrain/layer/flash.py`), three plain
+products with all scores in memory, and torch's own kernel.
 
 python tools/bench/attention.py
 """
@@ -11,15 +11,25 @@ from timing import compare, machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtrain.layer.attention import attend
+from sdtrain.layer.attention import plain_attention
+from sdtrain.layer.flash import flash_attention
 from sdtrain.ops.memory import keep_freed_memory
 
 
 def main() -> None:
-    """Of 8x8 positions (and of those to 24 tokens), batch 128; of 32x32, batch 4; (B, heads, L, M, D)."""
+    """Of 8x8 positions (and of those to 24 tokens), batch 128; of 16x16 and 32x32 (and of those to 77 tokens), batch 4;
+    (B, heads, L, M, D).
+    """
     keep_freed_memory()
     print(machine())
-    for sizes in ((128, 4, 64, 64, 32), (128, 4, 64, 24, 32), (4, 8, 1024, 1024, 16), (4, 5, 1024, 1024, 64)):
+    for sizes in (
+        (128, 4, 64, 64, 32),
+        (128, 4, 64, 24, 32),
+        (4, 8, 256, 256, 32),
+        (4, 8, 1024, 77, 16),
+        (4, 8, 1024, 1024, 16),
+        (4, 5, 1024, 1024, 64),
+    ):
         batch, heads, length, others, dim = sizes
         shapes = [(batch, n, heads, dim) for n in (length, others, others)]  # as a linear layer gives them
         q, k, v = (torch.randn(s, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for s in shapes)
@@ -28,7 +38,8 @@ def main() -> None:
             function(q, k, v).float().square().mean().backward()
 
         print(sizes)
-        compare({"ours": lambda: run(attend), "torch": lambda: run(F.scaled_dot_product_attention)})
+        ways = {"tiles": flash_attention, "plain": plain_attention, "torch": F.scaled_dot_product_attention}
+        compare({name: lambda way=way: run(way) for name, way in ways.items()})
 
 
 if __name__ == "__main__":
