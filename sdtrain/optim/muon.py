@@ -15,30 +15,32 @@ from sdtrain.optim.adamw import AdamW, OnePass
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that takes singular values to about 1
 
 
-def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
-    """(N, rows, columns) -> the nearest semi-orthogonal matrices, about, by Newton and Schulz's iteration.
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, num_iterations: int = 5) -> Tensor:
+    """(N, rows, columns) -> the nearest semi-orthogonal matrices, about, by Newton and Schulz's iteration:
+    x <- a x + b (x x^T) x + c (x x^T)^2 x, on the shorter side.
 
-    x <- (a + b g + c g^2) x with g = x x^T, written for g alone: all factors are polynomials of the first g and
-    commute, so the long side enters only into the first product and the last.
+    The singular values end between 0.7 and 1.2. In bfloat16 they still do: x itself is iterated, whose rounding the
+    next step undoes, not a polynomial of x x^T, whose rounding stays.
     """
     a, b, c = _COEFFICIENTS
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     transposed = x.shape[1] > x.shape[2]
-    x = x.mT if transposed else x
-    gram = x @ x.mT
-    identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
-    whole = None
-    for i in range(num_iterations):
-        factor = torch.baddbmm(b * gram, gram, gram, alpha=c) + a * identity
-        whole = factor if whole is None else factor @ whole
-        if i < num_iterations - 1:
-            gram = factor @ gram @ factor
-    x = whole @ x
+    x = (x.mT if transposed else x).to(dtype).contiguous()
+    for _ in range(num_iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(matrices.dtype)
     return x.mT if transposed else x
 
 
 class _Muon(OnePass):
     """AdamW, but for the groups that say `orthogonal`: there the step is the orthogonalised Nesterov momentum."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(groups, betas, eps)
+        self.dtype = dtype  # not the groups': they come back with a checkpoint, and it is the run's
 
     def step_group(self, group: dict[str, Any], divisor: Tensor | None) -> None:
         if not group["orthogonal"]:
@@ -59,7 +61,7 @@ class _Muon(OnePass):
             update = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # (out, in kh kw)
             shapes.setdefault((update.shape[0], update.shape[1]), []).append((p, update))
         for (rows, columns), members in shapes.items():
-            updates = orthogonalise(torch.stack([update for _, update in members]))
+            updates = orthogonalise(torch.stack([update for _, update in members]), self.dtype)
             # A root-mean-square of 0.2 an element whatever the shape, so that AdamW's rates carry over (Liu et al.
             # 2025).
             scale = 0.2 * max(rows, columns) ** 0.5
@@ -73,6 +75,8 @@ class Muon(AdamW):
 
     Args:
         momentum: of the matrices' gradients.
+        precision: of the run, as Lightning names it. Unless it is of 32 or 64 bits, matrices are orthogonalised in
+            bfloat16, as Jordan et al. do: 2 to 7 times as fast where a processor multiplies it.
         lr, lr_scale, betas, eps, weight_decay, warmup_steps, decay, final: as AdamW's, and of about its size.
     """
 
@@ -87,9 +91,11 @@ class Muon(AdamW):
         decay: Literal["constant", "cosine", "linear"] = "constant",
         final: float = 0.0,
         momentum: float = 0.95,
+        precision: str = "32-true",
     ) -> None:
         super().__init__(lr, lr_scale, betas, eps, weight_decay, warmup_steps, decay, final)
         self.momentum = momentum
+        self.dtype = torch.float32 if precision.startswith(("32", "64")) else torch.bfloat16
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Splits the matrices from the rest."""
@@ -99,7 +105,7 @@ class Muon(AdamW):
                 chosen = [p for p in group["params"] if _is_matrix(p) == orthogonal]
                 if chosen:
                     split.append(group | {"params": chosen, "orthogonal": orthogonal, "momentum": self.momentum})
-        return _Muon(split, self.betas, self.eps)
+        return _Muon(split, self.betas, self.eps, self.dtype)
 
 
 def _is_matrix(p: nn.Parameter) -> bool:
