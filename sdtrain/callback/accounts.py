@@ -51,6 +51,8 @@ class Accounts(EverySteps):
         average = pl_module.ema
         decay = {} if average is None else {"ema_decay": average.profiles[0].kept(average.num_updates)}
         counts = {f"data/{name}": count for name, count in total.items()}
+        if total.get("read"):
+            counts["data/empty_caption_share"] = total.get("empty_captions", 0) / total["read"]
         pl_module.context.tracker.log({**self._place(trainer, pl_module), **decay, **counts})
 
     def _place(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

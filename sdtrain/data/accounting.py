@@ -25,7 +25,7 @@ _WINDOW_READS, _NUM_BLOCKS = 10_000, 10
 _FLOOR, _LOWEST_FLOOR = 32, 8  # so many bad samples are no rate yet; of a small set, a tenth of it
 _MAX_SHARD_FRACTION, _SHARD_FLOOR = 0.2, 5  # a shard with more bad samples than this is named, once
 _MAX_RUN_FRACTION, _MANY_READS, _SECONDS_BETWEEN = 0.001, 100_000, 3600.0
-_COUNTS = ("read", "decoded", "read_bytes", "fetched_bytes", "cache_hits", "retries")
+_COUNTS = ("read", "empty_captions", "decoded", "read_bytes", "fetched_bytes", "cache_hits", "retries")
 _COLUMNS = {name: column for column, name in enumerate((*_COUNTS, *REASONS))}
 _NUM_WORST = 3
 
@@ -36,9 +36,10 @@ class Accounting:
     """Counts of one split. The workers' copies count into the same memory, each into a row of its own.
 
     What is counted is the places of batches, once a batch is made: `read` = `decoded` + those whose picture was kept in
-    memory or stands as a latent. `replaced` is the sum of its reasons, and by index a part of `read`: `read` -
-    `replaced` places show their own sample. In a sequence a bad sample has no place; `replaced` are those passed over,
-    beside `read`. A picture that is decoded for no batch, to see whether it is good, is in none of these.
+    memory or stands as a latent. Of `read`, `empty_captions` are told nothing. `replaced` is the sum of its reasons,
+    and by index a part of `read`: `read` - `replaced` places show their own sample. In a sequence a bad sample has no
+    place; `replaced` are those passed over, beside `read`. A picture that is decoded for no batch, to see whether it is
+    good, is in none of these.
 
     The budget is each process's own: of the last 10,000 samples that it tried at most a fraction may be bad, and not
     more than 100 in a row. A bad sample is tried once, so a small set is not ended by the same few, epoch after epoch.
@@ -104,9 +105,10 @@ class Accounting:
         self._mine[_COLUMNS[reason]] += 1
         self._mine_by_shard[shard] += 1
 
-    def read(self, num_places: int, num_decoded: int = 0) -> None:
-        """So many places of a batch were filled, of so many the picture decoded for it."""
-        self._mine[_COLUMNS["read"]] += num_places
+    def read(self, captions: Sequence[str], num_decoded: int = 0) -> None:
+        """The places of a batch were filled with samples that are told so, of so many the picture decoded for it."""
+        self._mine[_COLUMNS["read"]] += len(captions)
+        self._mine[_COLUMNS["empty_captions"]] += captions.count("")
         self._mine[_COLUMNS["decoded"]] += num_decoded
 
     def good(self, shard: int) -> None:

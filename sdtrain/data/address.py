@@ -50,6 +50,8 @@ def check_address(address: str, option: str = "data.shards") -> None:
         raise ConfigError(f"{option}: '{address[:80]}' is not an address ({error})") from None
     if scheme and not host:
         raise ConfigError(f"{option}: '{shown(address)[:80]}' names no host or bucket")
+    if scheme == "s3" and (not urlsplit(address).path or address.endswith("/")):
+        raise ConfigError(f"{option}: '{address[:80]}' names no object; write s3://BUCKET/FOLDER/*.tar in quotes")
     if scheme in ("http", "https") and is_metadata_service(host):
         raise ConfigError(f"{option}: '{shown(address)[:80]}' is a metadata service or a link-local address; refused")
 

@@ -97,7 +97,7 @@ class CaptionRule:
             BadSample: for a caption that cannot be read, also when another was drawn: a sample is good or bad by its
                 bytes alone.
         """
-        found = [(weight, self._captions(name, text, metadata)) for name, weight in self.fields.items()]
+        found = [(weight, self.captions(name, text, metadata)) for name, weight in self.fields.items()]
         found = [(weight, captions) for weight, captions in found if captions]
         if not found:
             if self.empty == "drop":
@@ -110,7 +110,7 @@ class CaptionRule:
         number = min(int(place / weight * len(captions)), len(captions) - 1)
         return self._cut(self.prefix + self.template.replace(_PLACE, captions[number]))
 
-    def _captions(self, name: str, text: bytes | None, metadata: Mapping[str, Any] | None) -> list[str]:
+    def captions(self, name: str, text: bytes | None, metadata: Mapping[str, Any] | None) -> list[str]:
         """What stands in a field, clean; without what is empty or no text."""
         if name == "txt":
             values = [text or b""]

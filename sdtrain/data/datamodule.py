@@ -16,10 +16,11 @@ from torch import Tensor
 
 from sdtrain.contracts import Batch
 from sdtrain.data.bucket import Buckets, Table
+from sdtrain.data.caption_check import NUM_LOOKED, check_captions
 from sdtrain.data.plan import START, Cursor, Layout, Plan
 from sdtrain.data.reader import Reader
 from sdtrain.data.source import Corpus, Shards, Source, read_sources
-from sdtrain.data.stream import Loader, Stream
+from sdtrain.data.stream import Loader, Stream, check_batch, check_workers
 from sdtrain.errors import ConfigError
 
 
@@ -43,6 +44,7 @@ class ShardDataModule(L.LightningDataModule):
 
     # The first words of what `accounting` says of the whole run. Its other counts are each process's own.
     same_on_every_rank = ("lost", "filtered", "bucket", "rejected", "left_out", "epoch")
+    _caption_option = "data.reader.caption"
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class ShardDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_fraction(val)
+        check_workers(num_workers)
         if (shards is None) == (sources is None):
             raise ConfigError("data: set one of data.shards and data.sources")
         self.image_size, self.buckets, self.max_samples = image_size, buckets, max_samples
@@ -86,6 +89,7 @@ class ShardDataModule(L.LightningDataModule):
         Args:
             directory: where the record of bad samples goes; None keeps none.
         """
+        check_batch(global_batch_size, num_accumulate)
         self._order = (seed, global_batch_size, num_accumulate)
         self._directory = directory
         self._start()
@@ -114,9 +118,14 @@ class ShardDataModule(L.LightningDataModule):
         """Batches carry those of the companions that are named, a mask where the sample has one.
 
         Raises:
-            ConfigError: where no sample has what nothing stands in for.
+            ConfigError: where no sample has what nothing stands in for, or a caption is named and none is found.
         """
         self.setup()
+        if "caption" in names:
+            reader = self._readers["train"]
+            places = np.linspace(0, len(reader.index) - 1, min(NUM_LOOKED, len(reader.index))).astype(np.int64)
+            if note := check_captions(reader.caption, reader.stored_texts(places), self._caption_option):
+                say(f"data: {note}")
         for split, reader in self._readers.items():
             reader.accompany(names)
             if "source" in names and not reader.index.has("source"):

@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -111,6 +112,12 @@ class Lanes:
         """Every sample, each once, in the order of epoch 0."""
         return self.usable(placed for place in range(len(self.shards)) for placed in self._at(place))
 
+    def stored_texts(self) -> Iterator[tuple[bytes | None, dict[str, Any] | None]]:
+        """The .txt and .json members in the order of epoch 0, without those that cannot be read."""
+        for raw in (placed.raw for place in range(len(self.shards)) for placed in self._at(place)):
+            with suppress(BadSample):
+                yield raw.members[CAPTION], None if raw.members[JSON] is None else parse_json(raw.members[JSON])
+
     def usable(self, samples: Iterator[Placed]) -> Iterator[Usable]:
         """What can be trained on; the rest is counted and recorded, and the next takes its place."""
         while chunk := list(islice(samples, _AT_ONCE)):
@@ -127,10 +134,11 @@ class Lanes:
 
     def batch(self, samples: Sequence[Usable]) -> Batch:
         """Their micro-batch."""
-        self.accounting.read(len(samples), len(samples))
+        captions = [sample.caption for sample in samples]
+        self.accounting.read(captions, len(samples))
         return {
             **pictured([sample.picture for sample in samples]),
-            "caption": [sample.caption for sample in samples],
+            "caption": captions,
             "attributes": [sample.attributes for sample in samples],
             "key": [self._name(sample.placed) for sample in samples],
             "sample_id": torch.tensor([sample.sample_id for sample in samples]),

@@ -118,7 +118,7 @@ class LatentReader(Reader):
             attributes.append(told)
         for place in ids[shown != ids]:
             self._accounting.replaced("crc_mismatch", int(self.index.shard[place]))
-        self._accounting.read(len(ids))
+        self._accounting.read(captions)
         mirrored = np.array(flips, np.int64)
         texts = {
             f"{kind}/{name}": torch.from_numpy(value)
@@ -147,6 +147,11 @@ class LatentReader(Reader):
         draws = [view.draw for view in self._views(places, places * 0, None)]
         _, stored = self._standing(places, [False] * len(places), None, False)
         return [(self.caption(text, told, draw), told) for draw, (_, text, told) in zip(draws, stored)]
+
+    def stored_texts(self, places: np.ndarray) -> Iterator[tuple[bytes | None, Attributes]]:
+        """The captions and attributes that are stored for some places, without those that are broken."""
+        stored = self._stored(places, [False] * len(places), has_latents=False)
+        return ((text, told) for _, text, told in filter(None, stored))
 
     def latent_size(self, sample: int) -> tuple[int, int]:
         """Height and width of one sample's latent."""

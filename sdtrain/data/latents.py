@@ -39,6 +39,8 @@ class LatentDataModule(ShardDataModule):
         num_workers, start_method, max_samples: as for any shards.
     """
 
+    _caption_option = "data.caption"
+
     def __init__(
         self,
         folder: str,

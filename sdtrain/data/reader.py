@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from sdtrain.data.view import Pictures, View, check_crop, decode_pictures, draw_
 from sdtrain.errors import ConfigError
 from sdtrain.ops.random import Draw
 
-_TEXTS_AT_ONCE = 1024
+_TEXTS_AT_ONCE, _LOOKED_AT_ONCE = 1024, 16
 
 Attributes = dict[str, Any] | None
 
@@ -151,6 +152,15 @@ class Reader:
         samples = [s for part in parts for s in self._samples(part.tolist(), self._views(part, part * 0, None))]
         return [(sample.caption, sample.attributes) for sample in samples]
 
+    def stored_texts(self, places: np.ndarray) -> Iterator[tuple[bytes | None, Attributes]]:
+        """The .txt and .json members that stand at some places, without those that cannot be read."""
+        for first in range(0, len(places), _LOOKED_AT_ONCE):
+            for members in self._members.read(places[first : first + _LOOKED_AT_ONCE], (CAPTION, JSON)):
+                with suppress(BadSample):
+                    if not isinstance(members, BadSample):
+                        text, attributes = (None if member is None else bytes(member) for member in members)
+                        yield text, None if attributes is None else parse_json(attributes)
+
     def shown(self) -> Tensor:
         """(N,) int64: the sample that stands at each place, its own number unless it is bad. Reads what is unread."""
         if self._latents_shown is not None:
@@ -258,7 +268,8 @@ class Reader:
                 self._accounting.replaced(reason, int(self.index.shard[place]))
         for name, count in self._members.storage.take_counts().items():
             self._accounting.add(name, count)
-        self._accounting.read(len(places), sum(sample.is_decoded for sample in samples))
+        captions = [sample.caption for sample in samples]
+        self._accounting.read(captions, sum(sample.is_decoded for sample in samples))
 
     def _kinds(self, view: View) -> tuple[int, ...]:
         companions = (COMPANIONS[name] for name in self._companions)

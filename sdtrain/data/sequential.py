@@ -19,13 +19,14 @@ from torch import Tensor
 
 from sdtrain.contracts import Batch
 from sdtrain.data.address import is_remote, scheme_of, shown
+from sdtrain.data.caption_check import check_captions
 from sdtrain.data.datamodule import check_fraction, refuse_late, say
 from sdtrain.data.index import find_shards
 from sdtrain.data.lane import Lanes, LaneStream, Usable
 from sdtrain.data.layout import COMPANIONS
 from sdtrain.data.quarantine import Quarantine
 from sdtrain.data.source import Shards
-from sdtrain.data.stream import Loader
+from sdtrain.data.stream import Loader, check_batch, check_workers
 from sdtrain.errors import ConfigError
 
 _STATISTICAL = (
@@ -67,6 +68,7 @@ class SequentialDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_fraction(val)
+        check_workers(num_workers)
         self.shards, self.val, self.image_size, self._new_lanes = shards, val, image_size, reader or Lanes
         self.num_held_samples, self.allow_pipe = num_held_samples, allow_pipe
         self.num_workers, self.start_method = num_workers, start_method
@@ -88,6 +90,7 @@ class SequentialDataModule(L.LightningDataModule):
         Args:
             directory: where the record of bad samples goes; None keeps none.
         """
+        check_batch(global_batch_size, num_accumulate)
         self._order, self._directory = (seed, global_batch_size, num_accumulate), directory
         self._start()
         self._connect_lanes()
@@ -104,8 +107,16 @@ class SequentialDataModule(L.LightningDataModule):
         say(f"data: {_STATISTICAL}")
 
     def accompany(self, names: Collection[str]) -> None:
-        """Batches carry those of the companions that are named, a mask where the sample has one."""
+        """Batches carry those of the companions that are named, a mask where the sample has one.
+
+        Raises:
+            ConfigError: where captions are named, and the first samples have none.
+        """
         self.setup()
+        if "caption" in names:
+            lanes = self._lanes["train"]
+            if note := check_captions(lanes.caption, lanes.stored_texts(), "data.reader.caption"):
+                say(f"data: {note}")
         for lanes in self._lanes.values():
             lanes.companions = tuple(name for name in COMPANIONS if name in names)
         self._held.clear()  # samples that were read without them

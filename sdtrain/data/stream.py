@@ -126,6 +126,19 @@ class Loader(DataLoader):
         return (self.multiprocessing_context or multiprocessing).get_start_method()
 
 
+def check_workers(num_workers: int) -> None:
+    """Raises ConfigError for less than none."""
+    if num_workers < 0:
+        raise ConfigError(f"data.num_workers: {num_workers} is below 0; 0 reads in the process itself")
+
+
+def check_batch(global_batch_size: int, num_accumulate: int) -> None:
+    """Raises ConfigError where no sample would be taken."""
+    for name, number in (("batch_size", global_batch_size), ("num_accumulate", num_accumulate)):
+        if number < 1:
+            raise ConfigError(f"trainer.{name}: {number} is not above 0")
+
+
 def _as_it_is(batch: Batch) -> Batch:
     return batch
 

@@ -65,7 +65,7 @@ def test_restarts_are_counted_by_stage_from_what_was_written(tmp_path):
     assert (begun["event"], begun["step"], begun["restarts"], begun["world_size"]) == ("start", 5, 2, 1)
     assert {key: row[key] for key in list(row)[:-1]} == {
         **{"stage": "diffusion", "step": 5, "images": 20, "restarts": 2, "ema_decay": 0.5},
-        **{"data/read": 8, "data/replaced/corrupt": 1},
+        **{"data/read": 8, "data/replaced/corrupt": 1, "data/empty_caption_share": 0.0},
     }
     trainer.is_global_zero = False
     accounts.on_train_start(trainer, stage)

@@ -382,11 +382,12 @@ def test_accounting_of_workers_is_in_shared_memory(index):
     forked.__dict__.update(mine.__dict__)
     forked.enter_worker(0)
     forked.add("read_bytes", 5)
-    forked.read(2)
+    forked.read(["a", ""])
     forked.replaced("too_small", 1)
-    mine.read(1)
+    mine.read([""])
     assert mine.report() == {
         "read": 3,
+        "empty_captions": 2,
         "read_bytes": 5,
         "replaced": 1,
         "replaced/too_small": 1,
