@@ -1,6 +1,4 @@
-"""One run directory and what its stages share: the config on disk, the tracker, the trainer, the summary, the exit
-code.
-"""
+"""One run directory and what its stages share: the config on disk, the tracker, the summary, the exit code."""
 
 from __future__ import annotations
 
@@ -11,16 +9,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig
 
 from sdtrain.build import build
@@ -30,7 +24,6 @@ from sdtrain.callback.guard import Rollback
 from sdtrain.callback.log import Log
 from sdtrain.callback.mfu import MFU
 from sdtrain.checkpoint.claim import claim
-from sdtrain.checkpoint.commit import find_resume
 from sdtrain.checkpoint.disk import told_of_disk
 from sdtrain.continuation import (
     begin_anew,
@@ -41,16 +34,16 @@ from sdtrain.continuation import (
     write_config,
 )
 from sdtrain.contracts import Context
-from sdtrain.errors import ConfigError, RunError
+from sdtrain.errors import RunError
 from sdtrain.interop.prediction import other_prediction
 from sdtrain.ops.denormal import flush_denormals
 from sdtrain.ops.memory import keep_freed_memory
 from sdtrain.stage.base import Stage, num_values
-from sdtrain.strategy.commit_io import CommitIO
 from sdtrain.strategy.slurm import check_slurm
 from sdtrain.tracker.fanout import Fanout
 from sdtrain.tracker.jsonl import JsonlTracker
 from sdtrain.tracker.none import NullTracker
+from sdtrain.trainer import go_on_from, make_trainer
 
 
 class Session:
@@ -141,52 +134,6 @@ class Session:
         trainer = section.trainer
         data.connect(self.cfg.seed, trainer.batch_size, trainer.num_accumulate, self.directory / "quarantine")
 
-    def trainer(self, section: DictConfig) -> L.Trainer:
-        """Lightning's trainer, with our checkpoints, our callbacks and none of its own.
-
-        Raises:
-            ConfigError: for a machine that is not there.
-        """
-        strategy = self.cfg.strategy if section.strategy is None else section.strategy
-        precision = section.precision or self.cfg.precision
-        try:
-            trainer = L.Trainer(
-                accelerator=self.cfg.accelerator,
-                devices=self.cfg.devices,
-                num_nodes=self.cfg.num_nodes,
-                strategy=build(strategy),
-                precision=precision,
-                max_steps=section.trainer.max_steps,
-                max_epochs=-1,
-                accumulate_grad_batches=section.trainer.num_accumulate,
-                callbacks=[build(node) for node in section.callback.values() if node],
-                plugins=[CommitIO(), *([SLURMEnvironment(auto_requeue=False)] if ending.launched_by_slurm() else [])],
-                logger=False,
-                profiler=NoProfiler(),
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                num_sanity_val_steps=0,
-                limit_val_batches=0,
-                default_root_dir=self.directory,
-            )
-        except MisconfigurationException as error:
-            raise ConfigError(
-                f"accelerator={self.cfg.accelerator} devices={self.cfg.devices}: {str(error).splitlines()[0]}"
-            ) from error
-        if trainer.precision != precision:  # Lightning replaces 16-mixed on a CPU, and says so to nobody
-            raise ConfigError(
-                f"precision={precision} does not exist on this machine's {trainer.strategy.root_device.type};"
-                " write precision=bf16-mixed or precision=32-true"
-            )
-        # Signals are callback/stop.py's. Lightning's own handlers run a collective inside the handler, and its loop
-        # asks all ranks before every batch, and waits for the device, whether one of them was told to stop.
-        trainer._signal_connector.register_signal_handlers = lambda: None
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        ending.launchers.append(trainer.strategy.launcher)
-        return trainer
-
     def fit(self, stage: Stage, data: L.LightningDataModule, section: DictConfig) -> dict[str, Any]:
         """Trains a stage to its last step, from its newest valid checkpoint, and returns its summary."""
         context, started = stage.context, time.monotonic()
@@ -199,11 +146,8 @@ class Session:
             warnings.filterwarnings("ignore", module="lightning")
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
             while True:
-                self.fitting = trainer = self.trainer(section)
-                connector = trainer._checkpoint_connector
-                if not hasattr(connector, "_select_ckpt_path"):  # a resume that never happens must not be silent
-                    raise RunError("this Lightning asks for checkpoints elsewhere: install constraints.txt's", 1)
-                connector._select_ckpt_path = partial(_choose, trainer, context.directory, resume)
+                self.fitting = trainer = make_trainer(self.cfg, section, self.directory)
+                go_on_from(trainer, context.directory / "checkpoints", resume)
                 try:
                     trainer.fit(stage, datamodule=data)
                     break
@@ -308,39 +252,6 @@ class Session:
         except Exception:  # whatever goes wrong without memory, it is the run's end that is told
             section = "autoencoder.recognition" if stage == "recognition" else stage
             return f"lower {section}.trainer.batch_size, or raise {section}.trainer.num_accumulate, which keeps it"
-
-
-def _choose(trainer: L.Trainer, directory: Path, resume: str, *_: Any, **__: Any) -> Path | None:
-    """The checkpoint that a fit goes on from. Lightning asks once all ranks are there; one of them verifies it."""
-    trainer.strategy.setup_environment()  # a moment early, and then again: from here on the ranks can talk
-    check_code(trainer.world_size)
-    return find_resume(directory / "checkpoints", resume, trainer.global_rank, trainer.strategy.broadcast)
-
-
-def check_code(num_ranks: int) -> None:
-    """All ranks together.
-
-    Raises:
-        ConfigError: where they run different code, as when it is edited while they start; their weights would diverge.
-    """
-    if num_ranks > 1:
-        told: list[Any] = [None] * num_ranks
-        torch.distributed.all_gather_object(told, code_version()["source"])
-        other = [rank for rank, source in enumerate(told) if source != told[0]]
-        if other:
-            raise ConfigError(
-                f"rank {', '.join(map(str, other[:8]))} runs other code than rank 0, by the hash of the package's "
-                "source; install the same everywhere and leave it alone while a run starts, then start it again"
-            )
-
-
-class NoProfiler(PassThroughProfiler):
-    """Lightning asks for it around every hook of every callback; its own makes a context manager each time."""
-
-    _context: AbstractContextManager[None] = nullcontext()
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # noqa: ARG002
-        return self._context
 
 
 def is_out_of_memory(error: BaseException) -> bool:

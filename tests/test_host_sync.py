@@ -105,18 +105,18 @@ class Watch(Callback):
 @pytest.fixture
 def watched(train, tmp_path, monkeypatch):
     """watched(*overrides) -> what waited in four steps of each stage, by stage."""
-    from sdtrain.session import Session
+    from sdtrain import session
 
     def run(*overrides, stages=("autoencoder", "diffusion")):
-        watches, make = [], Session.trainer
+        watches, make = [], session.make_trainer
 
-        def with_watch(self, section):
-            trainer = make(self, section)
+        def with_watch(*args):
+            trainer = make(*args)
             watches.append(Watch(3, 7))
             trainer.callbacks.insert(0, watches[-1])
             return trainer
 
-        monkeypatch.setattr(Session, "trainer", with_watch)
+        monkeypatch.setattr(session, "make_trainer", with_watch)
         steps = [f"{stage}.trainer.max_steps=9" for stage in stages]
         quiet = [f"{stage}.callback.{name}.every_steps=9" for stage in stages for name in ("log", "checkpoint")]
         train(tmp_path / "run", *steps, *quiet, *overrides)

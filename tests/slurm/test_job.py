@@ -103,10 +103,10 @@ def test_what_is_cancelled_does_not_come_back(slurm, send, tmp_path, options, en
     assert (record["Restarts"], (tmp_path / "run" / "STOPPED").exists()) == ("0", True)
 
 
-@pytest.mark.parametrize("handler", ["trap 'step; leave STOPPED' USR1", "true"])
+@pytest.mark.parametrize("handler", ["trap 'step; leave STOPPED' USR1", "trap 'exit 75' USR1", "true"])
 def test_what_is_preempted_comes_back(slurm, send, tmp_path, handler):
-    """As on a cluster that sends TERM, the run leaves STOPPED, or nothing while it loads and has no handler; that it is
-    preempted only Slurm can tell.
+    """The run leaves STOPPED, as on a cluster that sends TERM, or nothing but 75 while it loads, or nothing. That
+    it is preempted only Slurm can tell.
     """
     job = send(f"{handler}; [ ${{SLURM_RESTART_COUNT:-0}} = 0 ] && wait_for; exit 0")["diffusion"]
     running(slurm, job, tmp_path / "run" / "tasks")

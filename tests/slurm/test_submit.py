@@ -182,7 +182,7 @@ def test_a_job_trains_what_was_sent(submit, sbatch, tmp_path):
     job = [*typed, "stages=[autoencoder]", f"cluster.submitted={digest}"]
     for allowed in ([], ["diffusion.trainer.max_steps=7", "tracker=none"]):
         check_submitted(run, load_config([*job, *allowed]), digest)
-    edited = ["diffusion.optim.lr=2e-3", "precision=32-true", "seed=3", "data.num_train=10"]
+    edited = ["diffusion.optim.lr=2e-3", "autoencoder.precision=32-true", "seed=3", "data.num_train=10"]
     for edits in (edited, edited[:1]):
         with pytest.raises(ConfigError, match="was changed after this job was sent: ") as raised:
             check_submitted(run, load_config([*job, *edits]), digest)

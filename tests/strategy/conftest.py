@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from sdtrain.checkpoint.pieces import Pieces
 
 NUM_STEPS = 30
+REORDERED = str(Path(__file__).with_name("reordered.py"))
 WAIT_SECONDS = 600
 STAGES = ("autoencoder", "diffusion")
 TRAINING = ["optim@autoencoder.optim=adamw", "optim@diffusion.optim=adamw", "autoencoder.objective.adversarial_start=5"]
@@ -23,7 +25,7 @@ for stage in STAGES:
 ACCUMULATE = [f"{stage}.trainer.num_accumulate=2" for stage in STAGES]
 KINDS = {
     "one": [],
-    "control": [],  # more threads: another order of summation, and nothing else
+    "control": [],  # by `reordered.py`: another order of summation, and nothing else
     "accumulate": ACCUMULATE,
     "ddp": ["devices=2", "strategy=ddp"],
     "zero1": ["devices=2", "strategy=deepspeed_zero1"],
@@ -63,12 +65,11 @@ class Outcome:
 def train_in_processes(command):
     """train_in_processes(directory, *overrides) -> what came of it; `script` in place of `-m sdtrain`."""
 
-    def train(directory, *overrides, num_threads=1, script=None):
+    def train(directory, *overrides, script=None):
         # Lightning's launcher leaves these in the environment of whoever ran a fit in this process.
         arguments, options = command(directory, *TRAINING, *overrides)
         arguments[1:3] = arguments[1:3] if script is None else [script]
         options["env"] = {k: v for k, v in options["env"].items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
-        options["env"]["OMP_NUM_THREADS"] = str(num_threads)
         process = subprocess.Popen(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options
         )
@@ -101,9 +102,9 @@ def outcome(train_in_processes, tmp_path_factory):
             directory = tmp_path_factory.mktemp(f"{kind}_{stage}") / "run"
             if stage == "diffusion":
                 shutil.copytree(get("one", "autoencoder").directory, directory)
-            steps, num_threads = f"{stage}.trainer.max_steps={NUM_STEPS}", 2 if kind == "control" else 1
-            overrides = [f"stages=[{stage}]", steps, *KINDS[kind]]
-            done[kind, stage] = train_in_processes(directory, *overrides, num_threads=num_threads)
+            overrides = [f"stages=[{stage}]", f"{stage}.trainer.max_steps={NUM_STEPS}", *KINDS[kind]]
+            script = REORDERED if kind == "control" else None
+            done[kind, stage] = train_in_processes(directory, *overrides, script=script)
         return done[kind, stage]
 
     return get

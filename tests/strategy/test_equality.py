@@ -25,9 +25,11 @@ def test_the_first_gradients_are_the_same(outcome, kind, stage):
 @every_case
 def test_thirty_losses_are_the_same(outcome, kind, stage):
     one = outcome("one", stage).losses(stage)
-    control = distance(outcome("control", stage).losses(stage), one)
+    control, found = (distance(outcome(k, stage).losses(stage), one) for k in ("control", kind))
+    print(f"{stage}, {kind}: 30 losses differ by {found:.1e}; in another order of summation by {control:.1e}")
     assert len(one) == 30
-    assert distance(outcome(kind, stage).losses(stage), one) < min(10 * max(control, 1e-7), 1e-3)
+    assert control > 0
+    assert found < min(10 * control, 1e-3)
 
 
 @every_case

@@ -29,6 +29,7 @@ from sdtrain.checkpoint.commit import newest_valid
 from sdtrain.config import load_config
 from sdtrain.session import Session
 from sdtrain.tracker.jsonl import read_rows
+from sdtrain.trainer import make_trainer
 
 NUM_STEPS = 8
 
@@ -57,7 +58,7 @@ def fit(directory: str, width: int, overrides: tuple[str, ...] = (), resume: Pat
     cfg = load_config([*base, *overrides])
     session = Session(cfg)
     stage = Large(session.context("diffusion", cfg.diffusion), nn.Linear(width, width, bias=False))
-    trainer, first = session.trainer(cfg.diffusion), FirstStep()
+    trainer, first = make_trainer(cfg, cfg.diffusion, session.directory), FirstStep()
     trainer.callbacks.insert(0, first)
     start = time.perf_counter()
     trainer.fit(stage, datamodule=Data(Batches(NUM_STEPS + 1)), ckpt_path=resume)
@@ -93,7 +94,7 @@ def main() -> None:
         medians = {}
         for name, is_late in (("waiting", "false"), ("in the background", "true")):
             directory = f"{place}/{is_late}"
-            fresh = fit(directory, width, (f"+diffusion.callback.checkpoint.in_background={is_late}",))
+            fresh = fit(directory, width, (f"diffusion.callback.checkpoint.in_background={is_late}",))
             rows = saves(directory)
             medians[name] = statistics.median(row["stall_seconds"] for row in rows)
             whole = statistics.median(row["seconds"] for row in rows)

@@ -37,6 +37,7 @@ from sdtrain.config import load_config
 from sdtrain.optim.adamw import AdamW
 from sdtrain.session import Session
 from sdtrain.stage.base import Stage
+from sdtrain.trainer import make_trainer
 
 BATCH, WIDTH, WARM_UP = 64, 16, 50
 
@@ -72,7 +73,7 @@ class Batches(IterableDataset):
 class Data(L.LightningDataModule):
     """What a stage asks of its data."""
 
-    fingerprint, image_size, splits = "", 64, {"train": 10**6, "val": 0}
+    fingerprint, image_size, splits, same_on_every_rank = "", 64, {"train": 10**6, "val": 0}, ()
 
     def __init__(self, batches: Batches) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ def ours(num_steps: int, num_tensors: int, watch: Callable[[L.Trainer, Tiny], No
         cfg = load_config(overrides)
         session, batches = Session(cfg), Batches(num_steps)
         stage = Tiny(session.context("diffusion", cfg.diffusion), network(num_tensors))
-        trainer = session.trainer(cfg.diffusion)
+        trainer = make_trainer(cfg, cfg.diffusion, session.directory)
         if watch is not None:
             watch(trainer, stage)
         trainer.fit(stage, datamodule=Data(batches))

@@ -49,10 +49,10 @@ srun --kill-on-bad-exit=1 python -m sdtrain "${arguments[@]}"
 code=$?
 
 # The run saved and left REQUEUE: its time is up. It left STOPPED: it was cancelled, or is preempted, which alone comes back.
-# So it is where a signal killed it while it loaded, and it could leave nothing.
+# So it is where a signal ended it (75), or killed it, while it loaded, and it could leave nothing.
 again=0
 [ -e "$run/REQUEUE" ] && again=1
-if [ -e "$run/STOPPED" ] || [ $code -gt 128 ]; then
+if [ -e "$run/STOPPED" ] || [ $code = 75 ] || [ $code -gt 128 ]; then
     case $(scontrol show job -o "$SLURM_JOB_ID") in *JobState=RUNNING*PreemptTime=2*) again=1 ;; esac
 fi
 if [ $again = 1 ]; then
@@ -113,10 +113,10 @@ srun --kill-on-bad-exit=1 python -m sdtrain "${arguments[@]}"
 code=$?
 
 # The run saved and left REQUEUE: its time is up. It left STOPPED: it was cancelled, or is preempted, which alone comes back.
-# So it is where a signal killed it while it loaded, and it could leave nothing.
+# So it is where a signal ended it (75), or killed it, while it loaded, and it could leave nothing.
 again=0
 [ -e "$run/REQUEUE" ] && again=1
-if [ -e "$run/STOPPED" ] || [ $code -gt 128 ]; then
+if [ -e "$run/STOPPED" ] || [ $code = 75 ] || [ $code -gt 128 ]; then
     case $(scontrol show job -o "$SLURM_JOB_ID") in *JobState=RUNNING*PreemptTime=2*) again=1 ;; esac
 fi
 if [ $again = 1 ]; then
