@@ -25,6 +25,7 @@ RESUMES = ("auto", "must", "never")
 SOURCES = {"data.shards", "data.val", "first_stage.weights", "model.weights"}
 # Keys of a conditioner that say how many classes it gives the denoiser, by number, from 0 on.
 COUNTS_OF_CLASSES = ("num_class_embeds", "max_noise_level")
+PLAIN = {"crop": "center", "flip": False}  # views that are the same each time
 LEAST_FREE_BYTES = 64 * 2**20
 MOST_SEED = 2**32 - 1  # numpy takes no larger one
 SHARDING, SHARDED = "sdtrain.strategy.deepspeed.DeepSpeed", "sdtrain.optim.adamw.AdamW"
@@ -46,9 +47,11 @@ def check(cfg: DictConfig) -> None:
     check_objectives(resolved)
     check_num_steps(resolved["objective"])
     check_classes(resolved)
+    check_cache(resolved)
     for path, node in parts(resolved):
         check_node(path, node)
-        check_sources(path, node, Path(resolved["output_dir"]))
+        if path.partition(".")[0] not in STAGES or path.partition(".")[0] in resolved["stages"]:
+            check_sources(path, node, Path(resolved["output_dir"]))
     check_output_directory(Path(resolved["output_dir"]))
     check_handover(resolved)
 
@@ -236,8 +239,15 @@ def check_classes(cfg: dict[str, Any]) -> None:
     if model.get("class_embed_type") in ("timestep", "identity"):
         return  # computes from the number itself
     num_rows = model.get("num_class_embeds") or 0
+    has_table = "num_class_embeds" in read_signature(model["_target_"], "model").arguments
     for path, node in parts(cfg["conditioner"], "conditioner"):
         for key in (key for key in COUNTS_OF_CLASSES if (node.get(key) or 0) > num_rows):
+            if not has_table:
+                name = model["_target_"].rpartition(".")[2]
+                raise ConfigError(
+                    f"{path}: it gives class labels, and {name} has no table for them;"
+                    f" write model=unet +model.num_class_embeds={node[key]}"
+                )
             raise ConfigError(
                 f"{path}.{key}={node[key]}: the labels go up to {node[key] - 1}, and the model's table has "
                 f"{num_rows or 'no'} rows (model.num_class_embeds={model.get('num_class_embeds', 'null')}); write "
@@ -245,9 +255,24 @@ def check_classes(cfg: dict[str, Any]) -> None:
             )
 
 
+def check_cache(cfg: dict[str, Any]) -> None:
+    """Latents in memory are of one square of each picture."""
+    key = "diffusion.data" if cfg["diffusion"]["data"] else "data"
+    data = cfg["diffusion"]["data"] or cfg["data"]
+    reader = data.get("reader") or {}
+    asked = [f"{key}.buckets"] if data.get("buckets") else []
+    asked += [f"{key}.reader.{name}={reader[name]}" for name in PLAIN if reader.get(name, PLAIN[name]) != PLAIN[name]]
+    if asked and cfg["diffusion"]["cache_latents"] and "diffusion" in cfg["stages"]:
+        raise ConfigError(
+            f"diffusion.cache_latents: latents in memory are of one square of each picture, and {asked[0]} asks for"
+            " others; set diffusion.cache_latents=false"
+        )
+
+
 def check_sources(path: str, node: dict[str, Any], directory: Path) -> None:
     """What a run starts from is there: shards (a file, a folder or a pattern) and weights. Addresses are not asked."""
-    for key in (key for key in node if f"{path}.{key}" in SOURCES):
+    room = "data" if path.endswith(".data") else path  # a stage may have data of its own
+    for key in (key for key in node if f"{room}.{key}" in SOURCES):
         named = node[key] if isinstance(node[key], list) else [node[key]]
         for source in (source for source in named if isinstance(source, str) and "://" not in source):
             place = Path(source).expanduser()

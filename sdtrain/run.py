@@ -17,6 +17,7 @@ from sdtrain.first_stage.manifest import Manifest
 from sdtrain.interop.told import example
 from sdtrain.interop.weights import load_first_stage, load_model, own_whitening, save_first_stage
 from sdtrain.ops.compile import compile_regions
+from sdtrain.plan.rehearsal import rehearse
 from sdtrain.session import Session, barrier
 from sdtrain.stage.autoencoder import AutoencoderStage
 from sdtrain.stage.diffusion import DiffusionStage
@@ -30,6 +31,7 @@ from sdtrain.stage.latents import (
 )
 from sdtrain.stage.recognition import RecognitionStage, vocabulary
 from sdtrain.tracker.report import write_report
+from sdtrain.trainer import check_precision
 
 
 def run(cfg: DictConfig) -> int:
@@ -130,9 +132,9 @@ def run_diffusion(session: Session) -> None:
     weight_hash = whiten_first_stage(session, first_stage, data)
     L.seed_everything(cfg.seed, verbose=False)
     model, conditioner = build(cfg.model), build(cfg.conditioner)
+    data.accompany(conditioner.inputs)  # refuses captions that are not there before words are learned from none
     if hasattr(conditioner, "prepare"):
         conditioner.prepare(session.directory / "diffusion", lambda: data.captions("train"))
-    data.accompany(conditioner.inputs)
     if cfg.model.weights:
         load_model(model, cfg.model.weights, cfg.model)
     if section.compile:
@@ -213,8 +215,9 @@ def whiten_first_stage(session: Session, first_stage: torch.nn.Module, data: L.L
 
 
 def build_once(cfg: DictConfig, stages: list[str]) -> None:
-    """A value that a part refuses, and a file that is not there, are told now, not after stage 1."""
+    """What a machine or a part refuses, and a file that is not there, are told now, not after stage 1."""
     for section in (cfg[name] for name in stages):
+        check_precision(cfg, section)
         build_all(section.callback)
         build(section.optim)
     if "diffusion" in stages:
@@ -223,6 +226,8 @@ def build_once(cfg: DictConfig, stages: list[str]) -> None:
             build(node)
         with torch.device("meta"):
             build(cfg.model)
+        if len(stages) > 1:
+            rehearse(cfg)
 
 
 def build_all(section: DictConfig) -> dict[str, object]:

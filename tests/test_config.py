@@ -62,6 +62,23 @@ WRONG = [
         "(model.num_class_embeds=null); write +model.num_class_embeds=1001",
     ),
     (
+        ["conditioner=label", "model=mmdit_tiny"],
+        "conditioner: it gives class labels, and MMDiT has no table for them; write model=unet "
+        "+model.num_class_embeds=1001",
+    ),
+    (
+        ["+data@diffusion.data=webdataset", "diffusion.data.shards='nowhere/*.tar'"],
+        "diffusion.data.shards: there is nothing at nowhere/*.tar",
+    ),
+    (
+        ["data=bucket", "data.shards=.", "diffusion.cache_latents=true"],
+        "of one square of each picture, and data.buckets asks for others; set diffusion.cache_latents=false",
+    ),
+    (
+        ["data=webdataset", "data.shards=.", "data.reader.flip=true", "diffusion.cache_latents=true"],
+        "of one square of each picture, and data.reader.flip=True asks for others",
+    ),
+    (
         ["conditioner=label", "conditioner.num_class_embeds=6", "+model.num_class_embeds=5"],
         "the labels go up to 5, and the model's table has 5 rows",
     ),

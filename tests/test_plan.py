@@ -18,12 +18,12 @@ from sdtrain.plan import report
 from sdtrain.plan.estimate import (
     GIB,
     Estimate,
-    _loss,
     build_stage,
     count_parameters,
     estimate,
     images_at_once,
     load,
+    loss_of,
     num_devices,
     optimizer_bytes,
     strategy_of,
@@ -138,7 +138,7 @@ def one_image(overrides, name="diffusion"):
     """Forward and backward of one image: the meter, and the work of each part's forward."""
     cfg, forward = load(overrides), {}
     stage = build_stage(cfg, name)
-    return measure(partial(_loss, stage, cfg[name], 1, 64, forward), torch.bfloat16), forward
+    return measure(partial(loss_of, stage, cfg[name], 1, 64, forward), torch.bfloat16), forward
 
 
 def test_what_a_run_counts_leaves_out_what_checkpointing_does_again(smoke):

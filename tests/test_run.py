@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdtrain.config import load_config
@@ -443,6 +444,22 @@ def test_wandb_offline_mirrors_the_rows(train, tmp_path, monkeypatch):
         seen[stage] = {item["step"]: item["loss"] for item in items if "loss" in item}
     wanted = {row["step"]: row["loss"] for row in rows(run, stage="autoencoder") if "loss" in row}
     assert seen["autoencoder"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("model.cross_attention_dim=77", "stage 2's parts do not fit each other at 64 pixels"),
+        ("accelerator=auto diffusion.precision=16-mixed", "diffusion.precision=16-mixed does not exist on a CPU"),
+    ],
+)
+def test_what_stage_2_refuses_is_told_before_stage_1(train, tmp_path, typed, told, monkeypatch):
+    """Guards: the rehearsal, and the precision asked of the machine."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=told):
+        train(tmp_path / "run", *typed.split())
+    assert not (tmp_path / "run" / "recognition").exists()
+    assert not (tmp_path / "run" / "autoencoder").exists()
 
 
 def test_a_file_that_stage_2_lacks_is_told_before_stage_1(train, tmp_path):

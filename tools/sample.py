@@ -13,6 +13,7 @@ python tools/sample.py RUN "a caption" --original-size 64x64         SDXL's size
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,8 @@ def sample(args: argparse.Namespace) -> list[Path]:
     captions = [*args.captions, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
     told = {name: getattr(args, name) for name in TOLD if getattr(args, name)}
     told |= {name: [parse_size(text, name) for text in told[name]] for name in TOLD[4:7] if name in told}
-    size = parse_size(args.size, "size")
+    size, out = parse_size(args.size, "size"), args.out or args.run / "generated"
+    require_writable(out)
 
     import numpy as np  # what is heavy comes after what can be told at once
 
@@ -80,7 +82,6 @@ def sample(args: argparse.Namespace) -> list[Path]:
     options = (args.negative, args.guidance, args.steps, size, args.seed, args.sampler, args.num, args.image_guidance)
     pictures = pipe(captions or None, *options, **told)
     titles = [title(captions, told, i) for i in range(len(pictures))]
-    out = args.out or args.run / "generated"
     paths = [out / f"{i:04d}_{file_name(text)}_seed{args.seed}.png" for i, text in enumerate(titles)]
     grid = draw_grid(Preview(np.stack([np.asarray(picture) for picture in pictures]), titles, COLUMNS))
     try:
@@ -90,6 +91,17 @@ def sample(args: argparse.Namespace) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"--out: cannot write to {out}: {error.strerror or error}") from error
     return [*paths, out / "grid.png"]
+
+
+def require_writable(out: Path) -> None:
+    """Before anything is drawn.
+
+    Raises:
+        ConfigError: where the folder cannot be made or written.
+    """
+    existing = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: cannot write to {out}; choose another folder with --out DIR")
 
 
 def title(captions: Sequence[str], told: Mapping[str, Sequence[str]], i: int) -> str:

@@ -270,7 +270,7 @@ def _open_data(subject: Subject, split: str | None) -> Any:  # noqa: ANN401 a da
     cfg = subject.cfg
     own = (cfg.autoencoder if subject.pipe is None else cfg.diffusion).data
     data = build(cfg.data if own is None else own)
-    if not hasattr(data, "splits"):
+    if not hasattr(type(data), "splits"):  # asked of the data itself, it would be read before it is made
         raise ConfigError("split: this run's data has no splits; use a protocol with split: null")
     data.prepare_data()
     data.accompany(subject.inputs)

@@ -23,7 +23,7 @@ from sdtrain.ops.meter import Meter, measure
 from sdtrain.ops.random import Draw
 from sdtrain.optim.adamw8bit import AdamW8bit
 from sdtrain.plan.sharding import held_bytes
-from sdtrain.preflight import SOURCES
+from sdtrain.preflight import SOURCES, STAGES
 from sdtrain.stage.autoencoder import AutoencoderStage
 from sdtrain.stage.base import Stage
 from sdtrain.stage.diffusion import DiffusionStage
@@ -92,6 +92,8 @@ def load(overrides: Sequence[str]) -> DictConfig:
     overrides = [plus(override) for override in overrides]
     values = OmegaConf.to_container(_compose(overrides))
     named = [key for key in sorted(SOURCES) if key.partition(".")[2] in values[key.partition(".")[0]]]
+    own = [(f"{stage}.data", values[stage]["data"] or {}) for stage in STAGES]
+    named += [f"{path}.{key}" for path, node in own for key in node if f"data.{key}" in SOURCES]
     return load_config([*overrides, *(f"{key}='{NOWHERE}'" for key in named)])
 
 
@@ -152,7 +154,7 @@ def estimate(cfg: DictConfig, name: str) -> Estimate | None:
         runs[checkpointed] = []
         for images in _COUNTS[checkpointed]:
             parts_flops: dict[str, int] = {}
-            meter = measure(partial(_loss, stage, section, images, side, parts_flops), dtype)
+            meter = measure(partial(loss_of, stage, section, images, side, parts_flops), dtype)
             runs[checkpointed].append((images, meter.peak_bytes, meter.flops))
             forward = {part: flops // images for part, flops in parts_flops.items()}
     num_learned = sum(p.numel() for p in learned)
@@ -171,7 +173,7 @@ def training_flops(cfg: DictConfig, name: str) -> float:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
     side = (section.data or cfg.data).get("image_size", 64)
-    return float(measure(partial(_loss, stage, section, 1, side, {}), _autocast_type(cfg, name)).flops)
+    return float(measure(partial(loss_of, stage, section, 1, side, {}), _autocast_type(cfg, name)).flops)
 
 
 def _autocast_type(cfg: DictConfig, name: str) -> torch.dtype | None:
@@ -198,13 +200,17 @@ def _whole_bytes(cfg: DictConfig, name: str, stage: Stage, learned: Sequence[nn.
     }
 
 
-def _loss(stage: Stage, section: DictConfig, images: int, side: int, forward: dict[str, int], meter: Meter) -> Tensor:
-    """One micro-batch's loss, with what its parts' forward passes take."""
+def batch_of(images: int, side: int) -> Batch:
+    """What is said of pictures of no content, whatever a conditioner reads; `source` stands for the pictures too."""
     ids = torch.arange(images)
-    image = torch.empty(images, 3, side, side)
     batch: Batch = {"sample_id": ids, "epoch": torch.zeros_like(ids), "caption": [""] * images, "key": [""] * images}
-    batch |= {"attributes": [{"label": 0}] * images, "source": image}
-    draw = Draw(0, ids, batch["epoch"])
+    return batch | {"label": [0] * images, "source": torch.empty(images, 3, side, side)}
+
+
+def loss_of(stage: Stage, section: DictConfig, images: int, side: int, forward: dict[str, int], meter: Meter) -> Tensor:
+    """One micro-batch's loss, with what its parts' forward passes take."""
+    batch = batch_of(images, side)
+    image, draw = batch["source"], Draw(0, batch["sample_id"], batch["epoch"])
     if isinstance(stage, AutoencoderStage):
         objective = stage.objective
         out = objective.loss(stage.first_stage, image, draw, getattr(objective, "adversarial_start", 0))

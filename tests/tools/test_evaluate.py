@@ -137,6 +137,16 @@ def test_samples_are_looked_for_among_the_training_pictures(tool, run, monkeypat
     assert list(few.samples) == list(range(5))
 
 
+def test_pictures_that_were_deleted_are_rendered_again(run, tmp_path):
+    from sdtrain.config import load_config
+    from sdtrain.interop.evaluation import _open_data
+    from sdtrain.interop.subject import Subject
+
+    cfg = load_config(["+experiment=smoke", "data.num_train=8", "data.num_val=4", f"data.root={tmp_path / 'new'}"])
+    subject = Subject(cfg, torch.nn.Module(), None, {})
+    assert _open_data(subject, "val").splits["val"] == 4
+
+
 def test_what_is_clamped_is_counted(run):
     from sdtrain.errors import RunError
     from sdtrain.interop.evaluation import Counting

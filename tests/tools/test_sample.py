@@ -78,6 +78,13 @@ def test_mistakes_end_with_2_and_one_line(tool, finished, tmp_path):
         assert error.count("\n") == 1, error
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(tool, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pipeline, "load", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "taken").write_text("")
+    code, _, error = tool(finished, "a star", "--out", tmp_path / "taken" / "below")
+    assert (code, error.splitlines()[0][:23]) == (2, "--out: cannot write to ")
+
+
 def test_what_is_told_reaches_the_pipeline(tool, tmp_path, monkeypatch):
     calls = []
 
