@@ -11,8 +11,7 @@ from timing import compare, machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtrain.layer.attention import plain_attention
-from sdtrain.layer.flash import flash_attention
+from sdtrain.layer.attention import attend, plain_attention
 from sdtrain.ops.memory import keep_freed_memory
 
 
@@ -38,7 +37,7 @@ def main() -> None:
             function(q, k, v).float().square().mean().backward()
 
         print(sizes)
-        ways = {"tiles": flash_attention, "plain": plain_attention, "torch": F.scaled_dot_product_attention}
+        ways = {"ours": attend, "plain": plain_attention, "torch": F.scaled_dot_product_attention}
         compare({name: lambda way=way: run(way) for name, way in ways.items()})
 
 
