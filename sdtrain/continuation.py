@@ -104,14 +104,21 @@ def check_continuation(directory: Path, cfg: DictConfig) -> list[str]:
     file = directory / "config.yaml"
     if not file.is_file() or not any(child.is_dir() for child in directory.iterdir()):
         return []
-    found = compare(_read_config(file), resolve_and_redact(cfg))
+    current = resolve_and_redact(cfg)
+    found = compare(_read_config(file), current)
     if found.refused:
         raise ConfigError(
             f"output_dir={directory} holds a run of another config: {'; '.join(map(str, found.refused[:3]))}"
             f"{f' and {len(found.refused) - 3} more' if len(found.refused) > 3 else ''}"
             "\n  choose another output_dir, or undo the difference"
         )
-    return [f"{difference} differs from the run before" for difference in found.warned]
+    told = [f"{difference} differs from the run before" for difference in found.warned]
+    values = flatten(current)
+    for difference in (each for each in found.allowed if each.key.endswith(".trainer.max_steps")):
+        key = difference.key.replace("trainer.max_steps", "optim.decay")
+        if values.get(key, "constant") != "constant":
+            told.append(f"{difference} moves the learning rate, which falls until the last step ({key}={values[key]})")
+    return told
 
 
 def begin_anew(directory: Path, stages: Sequence[str]) -> list[str]:

@@ -331,7 +331,6 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        (["diffusion.trainer.max_steps=77", "autoencoder.trainer.max_steps=78"], "allowed"),
         (["diffusion.callback.log.every_steps=7", "diffusion.callback.samples.every_steps=7"], "allowed"),
         (["accelerator=cpu", "stages=[autoencoder]", "resume=must", "tracker=none"], "allowed"),
         (["~diffusion.callback.samples"], "allowed"),
@@ -356,6 +355,21 @@ def test_a_directory_goes_on_only_with_its_own_run(changes: list[str], kind: str
             check_continuation(Path(before.output_dir), now)
     else:
         assert len(check_continuation(Path(before.output_dir), now)) == len(found.warned)
+
+
+def test_other_steps_go_on_and_a_rate_that_they_move_is_told(tmp_path: Path) -> None:
+    """The guard: a rate that falls until the last step jumped when a run was prolonged, and nobody knew."""
+    steady = ["diffusion.optim.decay=constant", f"output_dir={tmp_path}"]
+    before = load_config([SMOKE, *steady])
+    (tmp_path / "autoencoder").mkdir()
+    OmegaConf.save(OmegaConf.create(resolve_and_redact(before)), tmp_path / "config.yaml")
+    now = load_config([SMOKE, *steady, "diffusion.trainer.max_steps=77", "autoencoder.trainer.max_steps=78"])
+    assert config_hash(before) == config_hash(now)
+    (told,) = check_continuation(tmp_path, now)
+    assert told == (
+        "autoencoder.trainer.max_steps 12 -> 78 moves the learning rate, which falls until the last step "
+        "(autoencoder.optim.decay=linear)"
+    )
 
 
 def test_a_directory_is_checked_before_anything_else(tmp_path: Path, before: DictConfig) -> None:
