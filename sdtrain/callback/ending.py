@@ -35,6 +35,11 @@ REASONS = ("", "SIGINT", "the STOP file", "SIGTERM", "the time limit", "SIGUSR1"
 _COMES_BACK = ("the time limit", "SIGUSR1")
 GRACE_SECONDS = 4.0  # Lightning looks after its children every 5
 
+
+class _Stopped(BaseException):
+    """Of a signal outside of a fit; no `except Exception` on its way, as around an import, takes it for its own."""
+
+
 launchers: list[Any] = []  # Lightning's, of this process's trainers; the first one starts the other ranks
 
 
@@ -133,6 +138,8 @@ def recorded(directory: Path, rank: int, finish: Callable[[], None]) -> Iterator
         failure: BaseException | None = None
         try:
             yield
+        except _Stopped as stop:
+            failure = RunError(str(stop), 75)
         except BaseException as error:  # noqa: BLE001 it is raised again below
             failure = told_of_disk(error, directory)
         let_finish()
@@ -224,7 +231,7 @@ def leaving_at_once(directory: Path) -> Iterator[None]:
         reason = signal.Signals(number).name
         if global_rank() == 0:
             leave_marker(directory, reason)
-        raise RunError(f"stopped by {reason} between two steps; continue with: {next_command()}", 75)
+        raise _Stopped(f"stopped by {reason} between two steps; continue with: {next_command()}")
 
     if threading.current_thread() is not threading.main_thread():
         yield

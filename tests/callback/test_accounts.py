@@ -119,7 +119,7 @@ def test_two_processes_tell_their_sum_once(tmp_path):
             process.wait()
     assert [process.returncode for process in processes] == [0, 0]
     place = {"stage": "diffusion", "step": 5, "images": 20, "restarts": 0}
-    wanted = {**place, "data/read": 13, "data/epoch": 0.25, "data/replaced/corrupt": 1}
+    wanted = {**place, "data/read": 13, "data/epoch": 0.25, "data/replaced/corrupt": 1, "data/empty_caption_share": 0.0}
     assert (ast.literal_eval(said[0]), said[1]) == (wanted, "")
 
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -141,6 +142,20 @@ def test_outside_of_a_fit_a_signal_ends_the_run_where_it_stands(tmp_path, number
     assert raised.value.exit_code == 75
     assert read(tmp_path)["exit_code"] == 75
     assert [signal.getsignal(n) for n in ending.SIGNALS] == before
+
+
+def test_what_excuses_failures_excuses_no_stop(tmp_path):
+    """The guard: a signal while a part was imported was that part's mistake, and ended the run with 2."""
+
+    def run():
+        with ending.recorded(tmp_path, 0, lambda: None), suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(RunError, match="^stopped by SIGTERM between two steps") as raised:
+        run()
+    assert raised.value.exit_code == 75
+    assert read(tmp_path)["exit_code"] == 75
 
 
 def test_a_run_that_ends_is_not_ended_again(tmp_path):
