@@ -236,6 +236,15 @@ def test_a_stopped_job_goes_on_and_makes_the_same(shards, precompute, tmp_path):
         precompute(made, FirstStage(seed=1), name="stopped")
 
 
+def test_captions_that_are_asked_for_and_not_stored_are_refused(shards, precompute):
+    out = precompute(shards())
+    module(out).accompany(["caption"])
+    other = module(out, caption=CaptionRule({"json.typo": 1}), text=False)
+    other.accompany([])
+    with pytest.raises(ConfigError, match=r"^data.caption.fields: none of \d+ samples .* json.typo; there is .*txt"):
+        other.accompany(["caption"])
+
+
 def test_samples_without_a_stand_in_cannot_be_dropped(tmp_path):
     with pytest.raises(ConfigError, match="caption.empty"):
         LatentDataModule(str(tmp_path), caption=CaptionRule(empty="drop"))
