@@ -35,7 +35,8 @@ def clean_caption(data: bytes) -> str:
         text = data.decode("utf-8", errors="replace")
         if text.count("\ufffd") > _MAX_REPLACED_FRACTION * len(text):
             raise BadSample("caption_not_utf8") from error
-    text = text.translate(_DROP)
+    if not text.isprintable():  # nothing printable is dropped
+        text = text.translate(_DROP)
     if not text.isascii():  # after the controls, which may have stood between a letter and its mark
         text = unicodedata.normalize("NFC", _with_few_marks(text))
     return " ".join(text.split())
@@ -97,13 +98,13 @@ class CaptionRule:
             BadSample: for a caption that cannot be read, also when another was drawn: a sample is good or bad by its
                 bytes alone.
         """
-        found = [(weight, self.captions(name, text, metadata)) for name, weight in self.fields.items()]
-        found = [(weight, captions) for weight, captions in found if captions]
+        fields = self.fields.items()
+        found = [(weight, told) for name, weight in fields if (told := self.captions(name, text, metadata))]
         if not found:
             if self.empty == "drop":
                 raise BadSample("empty_caption")
             return ""
-        place = draw * sum(weight for weight, _ in found)
+        place = draw * sum([weight for weight, _ in found])
         while place >= found[0][0] and len(found) > 1:
             place -= found.pop(0)[0]
         weight, captions = found[0]

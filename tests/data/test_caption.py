@@ -176,3 +176,9 @@ def test_a_sample_is_bad_by_its_bytes_not_by_the_draw(draw):
 def test_a_wrong_rule_says_so(options, message):
     with pytest.raises(ConfigError, match=message):
         CaptionRule(**options)
+
+
+def test_every_control_goes_from_the_middle_of_a_word():
+    controls = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    for control in map(chr, [*controls, 0xFEFF]):
+        assert clean_caption(f"a{control}b".encode()) == ("a b" if control.isspace() else "ab"), hex(ord(control))

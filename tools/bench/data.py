@@ -1,9 +1,10 @@
 """Reading and decoding samples beside webdataset's own pipeline and Pillow, in one process, A B A B.
 
-    python tools/bench/data.py [--raw] [--decode] [--latents] [--rounds 5] [--samples 4000]
+    python tools/bench/data.py [--raw] [--decode] [--latents] [--rounds 5] [--samples 4000] [--litdata PYTHON]
 
 raw     the bytes of picture and caption, checksum verified, in a random order, beside webdataset's tar iteration in
         the shards' order; samples of 50 KB. The limit is reading the same files from front to back, unlooked at.
+        With --litdata (see litdata_peer.py) beside its own format as well, in order and without checksums.
 decode  a 1024x768 JPEG to 256x256 beside Pillow's full decode and Lanczos; the limit is the decode at half size alone.
 latents stored latents (4x32x32, mean and std in fp16) with their captions, in a random order, as batches; beside
         webdataset with .npy members in the shards' order. The limit is reading the same files from front to back.
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timing import compare, machine
+from timing import Contestant, compare, machine
 from zlib_ng.zlib_ng import crc32
 
 from sdtrain.data.decode import decode_image
@@ -41,7 +42,7 @@ _PICTURE_BYTES = 50_000
 _SIZE = 256
 
 
-def raw(rounds: int, num_samples: int) -> None:
+def raw(rounds: int, num_samples: int, litdata: str | None) -> None:
     """Samples a second from page cache."""
     import webdataset
 
@@ -68,15 +69,18 @@ def raw(rounds: int, num_samples: int) -> None:
             read = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=None, empty_check=False)
             assert sum("txt" in sample for sample in read) == num_samples
 
-        contestants = {"sdtrain": ours, "reading the bytes plainly": plainly, "webdataset": theirs}
-        medians = compare(contestants, rounds)
+        contestants = {"sdtrain": ours, "reading the bytes plainly": plainly}
+        if litdata:
+            told = [str(Path(__file__).with_name("litdata_peer.py")), f"{folder}/litdata", str(_PICTURE_BYTES)]
+            contestants["litdata, its own format"] = Contestant([*told, str(num_samples)], litdata)
+        medians = compare(contestants | {"webdataset": theirs}, rounds)
         num_bytes = sum(shard.stat().st_size for shard in shards)
         print(f"  crc32 of {crc32.__module__}")
         _tell(medians, num_samples, "samples/s", num_bytes)
         print(f"  {medians['reading the bytes plainly'] / medians['sdtrain']:.0%} of reading the bytes plainly")
 
 
-def decode(rounds: int, num_samples: int) -> None:  # noqa: ARG001  each section has the same arguments
+def decode(rounds: int, *_: object) -> None:
     """Pictures a second, and how like the slow way's they are."""
     pictures = [_jpeg(number) for number in range(8)]
 
@@ -105,7 +109,7 @@ def decode(rounds: int, num_samples: int) -> None:  # noqa: ARG001  each section
     print(f"  PSNR to Pillow's full decode and Lanczos: at least {10 * np.log10(255**2 / max(errors)):.1f} dB")
 
 
-def latents(rounds: int, num_samples: int) -> None:
+def latents(rounds: int, num_samples: int, *_: object) -> None:
     """Samples a second from page cache, on one core; and with one worker and two."""
     import webdataset
 
@@ -239,12 +243,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true", help=section.__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--litdata", metavar="PYTHON", help="of a venv that has litdata")
     arguments = parser.parse_args()
     keep_freed_memory()  # as `python -m sdtrain` does; the peers in this process gain by it too
     print(machine())
     for name in [name for name in SECTIONS if getattr(arguments, name)] or SECTIONS:
         print(name)
-        SECTIONS[name](arguments.rounds, arguments.samples)
+        SECTIONS[name](arguments.rounds, arguments.samples, arguments.litdata)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def compare(functions: Mapping[str, Callable[[], object]], rounds: int = 9) -> d
 class Contestant:
     """A function in a process of its own: how memory is kept and denormals are taken is settled once a process."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        command = [sys.executable, *arguments]
+    def __init__(self, arguments: Sequence[str], python: str = sys.executable) -> None:
+        command = [python, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer()  # it has loaded: no first step is timed with the imports in it
 
