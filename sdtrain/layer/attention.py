@@ -15,15 +15,13 @@ from sdtrain.layer.norm import GroupNorm
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention over (B, heads, L, D); mask broadcasts, True = attend.
 
-    On a CPU in bfloat16 ours is taken where the processor has matrix tiles and there is no mask. Where it is not,
-    torch's flash backward took 4 times as long as plain products at the lengths of small latents, so there they are
+    On a CPU without a mask ours is taken where the processor has what it is built of. Where it is not, torch's flash
+    backward in bfloat16 took 4 times as long as plain products at the lengths of small latents, so there they are
     taken, up to 2^17 scores a head: beyond, memory counts (`tools/bench/attention.py`).
     """
-    if q.device.type != "cpu" or q.element_size() > 2:
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    if mask is None and fits(q):
+    if mask is None and fits(q, k, v):
         return flash_attention(q, k, v)
-    if q.shape[-2] * k.shape[-2] <= 2**17:
+    if q.device.type == "cpu" and q.element_size() <= 2 and q.shape[-2] * k.shape[-2] <= 2**17:
         return plain_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask)
 

@@ -1,6 +1,7 @@
-"""Attention in bfloat16 on a CPU with matrix tiles (AMX), there and back without keeping the scores: `flash.c`.
+"""Attention on a CPU, there and back without keeping the scores: in bfloat16 with matrix tiles (AMX, `flash_bf16.c`),
+in float32 with AVX-512 (`flash_f32.c`).
 
-It is faster than torch's kernel and than plain products, and nearer to float64 (`tools/bench/attention.py`).
+It is faster than torch's kernel and than plain products, and as near to float64 (`tools/bench/attention.py`).
 """
 
 from __future__ import annotations
@@ -16,29 +17,35 @@ from torch.autograd.function import once_differentiable
 
 from sdtrain.layer.kernels import library
 
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
-def fits(q: Tensor) -> bool:
-    """Whether `flash_attention` takes queries (B, heads, L, D)."""
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `flash_attention` takes queries (B, heads, L, D), keys and values."""
     return (
         q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
+        and q.dtype in _DTYPES
+        and q.dtype == k.dtype == v.dtype
         and not torch.compiler.is_compiling()
         and q.shape[3] % 16 == 0
+        and (q.dtype == torch.bfloat16 or q.shape[3] <= 64)  # wider, torch's products in float32 are as fast
         and q.shape[0] * q.shape[1] >= torch.get_num_threads()  # a head is one thread's
-        and _has_tiles()
+        and _is_here(_DTYPES[q.dtype])
     )
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v in bfloat16 (Dao et al. 2022): q (B, heads, L, D), k and v (B, heads, M, D), D a
-    multiple of 16 -> (B, heads, L, D). All lie as (B, L, heads, D), as a linear layer gives them.
+    """softmax(q k^T / sqrt(D)) v (Dao et al. 2022) in the precision of all three.
+
+    q (B, heads, L, D), k and v (B, heads, M, D), D a multiple of 16 -> (B, heads, L, D). All lie as (B, L, heads, D),
+    as a linear layer gives them.
     """
     return _FlashAttention.apply(q, k, v)
 
 
 @cache
-def _has_tiles() -> bool:
-    return library() is not None and bool(library().flash_is_here())
+def _is_here(dtype: str) -> bool:
+    return library() is not None and bool(getattr(library(), f"flash_{dtype}_is_here")())
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -62,7 +69,7 @@ class _FlashAttention(torch.autograd.Function):
 def _call(way: str, tensors: Sequence[Tensor]) -> None:
     """The first is q (B, L, heads, D), the second k."""
     (batch, length, heads, dim), others = tensors[0].shape, tensors[1].shape[1]
-    getattr(library(), f"flash_{way}")(
+    getattr(library(), f"flash_{_DTYPES[tensors[0].dtype]}_{way}")(
         *(c_void_p(x.data_ptr()) for x in tensors),
         *map(c_int64, (batch, heads, length, others, dim)),
         c_float(dim**-0.5),

@@ -31,7 +31,7 @@ _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The built kernels, those of `flash.c` as well, or None where there is no C compiler that makes them.
+    """The built kernels, those of `flash_*.c` as well, or None where there is no C compiler that makes them.
 
     What was built is kept in the user's cache under the hash of source, compiler and processor; several processes may
     build at once.

@@ -1,10 +1,12 @@
-"""Attention in bfloat16 on a CPU, forward and backward: ours in matrix tiles (`sdtrain/layer/flash.py`), three plain
-products with all scores in memory, and torch's own kernel.
+"""Attention on a CPU, forward and backward: ours (`sdtrain/layer/flash.py`), three plain products with all scores in
+memory, and torch's own kernel.
 
-python tools/bench/attention.py
+python tools/bench/attention.py [--precision bf16|fp32]
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from timing import compare, machine
@@ -19,8 +21,11 @@ def main() -> None:
     """Of 8x8 positions (and of those to 24 tokens), batch 128; of 16x16 and 32x32 (and of those to 77 tokens), batch 4;
     (B, heads, L, M, D).
     """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[parser.parse_args().precision]
     keep_freed_memory()
-    print(machine())
+    print(f"{machine()}, {dtype}")
     for sizes in (
         (128, 4, 64, 64, 32),
         (128, 4, 64, 24, 32),
@@ -31,7 +36,7 @@ def main() -> None:
     ):
         batch, heads, length, others, dim = sizes
         shapes = [(batch, n, heads, dim) for n in (length, others, others)]  # as a linear layer gives them
-        q, k, v = (torch.randn(s, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for s in shapes)
+        q, k, v = (torch.randn(s, dtype=dtype).transpose(1, 2).requires_grad_() for s in shapes)
 
         def run(function: object, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
             function(q, k, v).float().square().mean().backward()

@@ -19,7 +19,7 @@ typedef uint16_t bf16;
 enum { SIDE = 32, ROWS = 16 }; // of a block, of a tile
 
 // Linux gives the tiles to a process that asks.
-int flash_is_here(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+int flash_bf16_is_here(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // Eight tiles of 16 rows of 64 bytes.
 static const uint8_t config[64] = {1, [16] = 64, [18] = 64, [20] = 64, [22] = 64, [24] = 64, [26] = 64, [28] = 64,
@@ -209,6 +209,7 @@ static void differentiate(struct backward *t, const bf16 *q, const bf16 *k, cons
           __m512 g[2];
           for (size c = 0; c < 2; c++) {
             __m512 p = power(_mm512_fmsub_ps(_mm512_load_ps(&s[a + c][b]), steep, top));
+            if (i + a + c >= m) p = _mm512_setzero_ps(); // no key: its score of 0 may be far above all that are
             g[c] = _mm512_mul_ps(_mm512_mul_ps(p, slope), _mm512_sub_ps(_mm512_load_ps(&ds[a + c][b]), mean));
             _mm256_store_si256((__m256i *)&p_half[a + c][b], rounded(p));
             _mm256_store_si256((__m256i *)&ds_half[a + c][b], rounded(g[c]));
@@ -241,8 +242,8 @@ static void differentiate(struct backward *t, const bf16 *q, const bf16 *k, cons
 
 // y = softmax(scale q k^T) v: q, y (n, l, heads, d), k, v (n, m, heads, d), logsum of the scaled scores
 // (n, heads, l); d whole tiles of 16.
-void flash_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *logsum, size n, size heads, size l,
-                   size m, size d, float scale, int threads) {
+void flash_bf16_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *logsum, size n, size heads,
+                        size l, size m, size d, float scale, int threads) {
   const size depth = whole(d), step = heads * d;
   _Pragma("omp parallel num_threads(threads)") {
     _tile_loadconfig(config);
@@ -258,9 +259,9 @@ void flash_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *y, float *
 }
 
 // The same sizes; of dq, dk, dv as of q, k, v.
-void flash_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *dy, const bf16 *y, const float *logsum,
-                    bf16 *dq, bf16 *dk, bf16 *dv, size n, size heads, size l, size m, size d, float scale,
-                    int threads) {
+void flash_bf16_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *dy, const bf16 *y,
+                         const float *logsum, bf16 *dq, bf16 *dk, bf16 *dv, size n, size heads, size l, size m,
+                         size d, float scale, int threads) {
   const size depth = whole(d), step = heads * d;
   _Pragma("omp parallel num_threads(threads)") {
     _tile_loadconfig(config);
@@ -281,6 +282,6 @@ void flash_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *dy,
 
 #else
 
-int flash_is_here(void) { return 0; }
+int flash_bf16_is_here(void) { return 0; }
 
 #endif
