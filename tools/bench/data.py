@@ -6,6 +6,7 @@ raw     the bytes of picture and caption, checksum verified, in a random order, 
         the shards' order; samples of 50 KB. The limit is reading the same files from front to back, unlooked at.
         With --litdata (see litdata_peer.py) beside its own format as well, in order and without checksums.
 decode  a 1024x768 JPEG to 256x256 beside Pillow's full decode and Lanczos; the limit is the decode at half size alone.
+        Then batches of them from shards, with one worker and two: on two cores nothing is left for who trains.
 latents stored latents (4x32x32, mean and std in fp16) with their captions, in a random order, as batches; beside
         webdataset with .npy members in the shards' order. The limit is reading the same files from front to back.
 """
@@ -26,6 +27,7 @@ from PIL import Image
 from timing import Contestant, compare, machine
 from zlib_ng.zlib_ng import crc32
 
+from sdtrain.data.datamodule import ShardDataModule
 from sdtrain.data.decode import decode_image
 from sdtrain.data.index import build_index
 from sdtrain.data.latent_file import PREPROCESSING, PartWriter, finish, start
@@ -107,6 +109,10 @@ def decode(rounds: int, *_: object) -> None:
         np.square(decode_image(data, _SIZE, _SIZE).pixels.astype(float) - _full(data)).mean() for data in pictures
     ]
     print(f"  PSNR to Pillow's full decode and Lanczos: at least {10 * np.log10(255**2 / max(errors)):.1f} dB")
+    with tempfile.TemporaryDirectory() as folder:
+        samples = [{"__key__": f"{n:08d}", "jpg": pictures[n % 8], "txt": f"picture {n}".encode()} for n in range(1024)]
+        write_shards(samples, f"{folder}/%04d.tar")
+        _tell_workers(lambda workers: ShardDataModule(folder, image_size=_SIZE, num_workers=workers), 12)
 
 
 def latents(rounds: int, num_samples: int, *_: object) -> None:
@@ -117,7 +123,7 @@ def latents(rounds: int, num_samples: int, *_: object) -> None:
         out = _cache(Path(folder), num_samples)
         peer = [str(shard) for shard in write_shards(_as_npy(num_samples), f"{folder}/npy-%04d.tar")]
         paths = sorted((out / "parts").glob("*.bin"))
-        data = _module(out, 0)
+        data = _connected(LatentDataModule(str(out), image_size=256))
         num_train = data.num_train // _BATCH * _BATCH
         order = np.random.default_rng(0).permutation(data.num_train)[:num_train].reshape(-1, _BATCH)
         buffer = bytearray(1 << 20)
@@ -140,8 +146,7 @@ def latents(rounds: int, num_samples: int, *_: object) -> None:
         contestants = {"sdtrain": ours, "reading the bytes plainly": plainly, "webdataset with .npy members": theirs}
         medians = compare(contestants, rounds)
         _tell(medians, num_train, "samples/s", sum(path.stat().st_size for path in paths))
-        rates = [_through_workers(out, workers, 10 * len(order)) for workers in (1, 2)]
-        print(f"  through workers: {rates[0]:.0f} samples/s with one, {rates[1] / rates[0]:.2f}x with two")
+        _tell_workers(lambda workers: LatentDataModule(str(out), image_size=256, num_workers=workers), 10 * len(order))
 
 
 def _cache(folder: Path, num_samples: int) -> Path:
@@ -176,21 +181,23 @@ def _as_npy(num_samples: int) -> Iterator[dict[str, object]]:
         yield {"__key__": f"{n:08d}", "lat.npy": buffer.getvalue(), "txt": f"picture {n} of many".encode()}
 
 
-def _module(out: Path, num_workers: int) -> LatentDataModule:
-    data = LatentDataModule(str(out), image_size=256, num_workers=num_workers)
+def _connected(data: ShardDataModule) -> ShardDataModule:
     data.connect(0, _BATCH)
     data.setup()
     return data
 
 
-def _through_workers(out: Path, num_workers: int, num_batches: int) -> float:
-    batches = iter(_module(out, num_workers).train_dataloader())
-    for _ in range(8 * num_workers):
-        next(batches)
-    begun = time.perf_counter()
-    for _ in range(num_batches):
-        next(batches)
-    return num_batches * _BATCH / (time.perf_counter() - begun)
+def _tell_workers(module: Callable[[int], ShardDataModule], num_batches: int) -> None:
+    rates = []
+    for workers in (1, 2):
+        batches = iter(_connected(module(workers)).train_dataloader())
+        for _ in range(4 * workers):
+            next(batches)
+        begun = time.perf_counter()
+        for _ in range(num_batches * workers):
+            next(batches)
+        rates.append(workers * num_batches * _BATCH / (time.perf_counter() - begun))
+    print(f"  through workers: {rates[0]:.0f} samples/s with one, {rates[1] / rates[0]:.2f}x with two")
 
 
 def _tell(medians: dict[str, float], number: int, unit: str, num_bytes: int = 0) -> None:
