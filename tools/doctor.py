@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ from sdtrain.errors import ConfigError
 from sdtrain.target import parts
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = ("deepspeed", "remote", "parquet")  # extras of pyproject.toml: absent is no mistake
+OPTIONAL = ("deepspeed", "remote", "parquet", "tensorboard")  # extras of pyproject.toml: absent is no mistake
 KNOWN_BAD = {  # package: (versions, why)
     "lightning": ("==2.6.2,==2.6.3", "these two were malware; remove it and change every password of this account"),
     "pytorch-lightning": ("==2.6.2,==2.6.3", "these two were malware; remove it, change every password"),
@@ -83,9 +83,11 @@ def main(argv: list[str] | None = None) -> int:
 def look(values: dict[str, Any], overrides: Sequence[str]) -> Iterator[Line]:
     """All lines, in turn; a look that breaks is a line too."""
     uses_deepspeed = any(".deepspeed." in node["_target_"] for path, node in parts(values) if "strategy" in path)
+    uses_tensorboard = any(".tensorboard." in node["_target_"] for path, node in parts(values) if path == "tracker")
+    needed = {name for name, is_used in (("deepspeed", uses_deepspeed), ("tensorboard", uses_tensorboard)) if is_used}
     looks: list[tuple[str, Callable[[], Iterator[Line]]]] = [
         ("python", python),
-        ("packages", lambda: packages(uses_deepspeed)),
+        ("packages", lambda: packages(needed)),
         ("gpu", lambda: gpu(values if overrides else None)),
         ("compiler", lambda: compiler(uses_deepspeed, values)),
         ("cpu kernels", cpu_kernels),
@@ -114,14 +116,14 @@ def python() -> Iterator[Line]:
     yield Line("python", "pass" if is_new else "fail", f"{found}, {sys.executable}", "" if is_new else "3.11 is wanted")
 
 
-def packages(uses_deepspeed: bool) -> Iterator[Line]:
-    """What pyproject.toml asks for, and what is known to be bad of any version."""
+def packages(needed: Collection[str]) -> Iterator[Line]:
+    """What pyproject.toml asks for, with the extras that a run needs, and what is known to be bad of any version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [(text, False) for text in project["dependencies"]]
     wanted += [(text, True) for extra in OPTIONAL for text in project["optional-dependencies"][extra]]
     for text, is_optional in wanted:
         requirement = Requirement(text.partition(";")[0])
-        is_optional = is_optional and not (uses_deepspeed and requirement.name == "deepspeed")
+        is_optional = is_optional and requirement.name not in needed
         yield package(requirement, is_optional)
     if installed("pytorch-lightning"):
         yield package(Requirement("pytorch-lightning"), True)

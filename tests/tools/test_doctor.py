@@ -62,22 +62,28 @@ def test_a_machine_in_order(lines):
 def test_a_package_out_of_order(doctor, monkeypatch, name, there, status, word):
     real = doctor.installed
     monkeypatch.setattr(doctor, "installed", lambda asked: there if asked == name else real(asked))
-    (found,) = [line for line in doctor.packages(False) if line.name == name]
+    (found,) = [line for line in doctor.packages(()) if line.name == name]
     assert found.status == status
     assert word in f"{found.said} {found.advice}"
 
 
-def test_deepspeed_is_wanted_where_a_strategy_uses_it(doctor, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "word"), [("deepspeed", "strategy=deepspeed_zero1"), ("tensorboard", "tracker=tensorboard")]
+)
+def test_an_extra_is_wanted_where_the_run_uses_it(doctor, lines, monkeypatch, name, word):
     real = doctor.installed
-    monkeypatch.setattr(doctor, "installed", lambda asked: "" if asked == "deepspeed" else real(asked))
-    assert next(line for line in doctor.packages(True) if line.name == "deepspeed").status == "fail"
+    monkeypatch.setattr(doctor, "installed", lambda asked: "" if asked == name else real(asked))
+    assert lines(*SMOKE)[1][name]["status"] == "note"
+    code, found = lines(*SMOKE, word)
+    assert (code, found[name]["status"]) == (1, "fail")
+    assert f'install -c constraints.txt "{name}' in found[name]["advice"]
 
 
 def test_torch_fidelity_without_torchvision(doctor, monkeypatch):
     real = doctor.installed
     monkeypatch.setattr(doctor, "installed", lambda asked: "0.4.0" if asked == "torch-fidelity" else real(asked))
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert [line.status for line in doctor.packages(False) if line.name == "torch-fidelity"] == ["fail"]
+    assert [line.status for line in doctor.packages(()) if line.name == "torch-fidelity"] == ["fail"]
 
 
 def test_small_limits(doctor, monkeypatch):
