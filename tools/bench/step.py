@@ -242,7 +242,7 @@ def main() -> None:
     """Prints medians and what each adds to the bare loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help=f"{WARM_UP} of them and the last are not counted")
     parser.add_argument("--tensors", type=int, default=128)
     parser.add_argument("--hooks", action="store_true")
     arguments = parser.parse_args()
