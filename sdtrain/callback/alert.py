@@ -1,8 +1,11 @@
-"""Alerts: a loss that jumps, and a run that stands still. Each is a line, an event, and a message of W&B's."""
+"""Alerts: a loss that jumps, a run that stands still or waits for its data. Each is a line, an event, and a message of
+W&B's.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 import threading
@@ -29,7 +32,8 @@ class Alert(Callback):
     A loss, the figure `key` of a row, that rises above the median of the last rows by `num_deviations` robust standard
     deviations (1.4826 times the median absolute deviation) is told once, until it comes back or stays so long that it
     is usual. So is a stall: no row for `stall_factor` times the usual interval, evaluation, samples and saves left out,
-    as the heartbeats of `Watchdog` say; a run without them has no such alerts.
+    as the heartbeats of `Watchdog` say; a run without them has no such alerts. So are data that the first rank spends
+    most of its time to get: who has left `data.num_workers` at 0 pays for a device that idles.
 
     Args:
         key: "loss", or a term of it where the whole jumps for a reason of its own, as when stage 1's adversary begins.
@@ -37,6 +41,7 @@ class Alert(Callback):
         num_deviations: above which a loss is a spike.
         stall_factor: of the usual time between two rows.
         least_stall_seconds: what is no stall yet, however fast rows come.
+        most_waiting: the share of its time, in the middle of the last rows, that a process may wait for batches.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Alert(Callback):
         num_deviations: float = 6.0,
         stall_factor: float = 10.0,
         least_stall_seconds: float = 60.0,
+        most_waiting: float = 0.5,
     ) -> None:
         if window_rows < _LEAST_ROWS:
             raise ConfigError(f"alert.window_rows={window_rows} must be {_LEAST_ROWS} or more")
@@ -54,18 +60,19 @@ class Alert(Callback):
                 f"alert.num_deviations={num_deviations} must be above 0, and stall_factor={stall_factor} above 1"
             )
         self.key, self.num_deviations, self.stall_factor = key, num_deviations, stall_factor
-        self.least_stall_seconds = least_stall_seconds
+        self.least_stall_seconds, self.most_waiting = least_stall_seconds, most_waiting
         self._losses: deque[float] = deque(maxlen=window_rows)
         self._seconds: deque[float] = deque(maxlen=window_rows)  # between two rows
+        self._waits: deque[float] = deque(maxlen=_LEAST_ROWS)
         self._row: dict[str, Any] = {}
-        self._is_spike = False
+        self._is_spike = self._is_waiting = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._row = {"step": trainer.global_step}
-        self._seconds.clear()
+        self._seconds.clear(), self._waits.clear()
         if trainer.is_global_zero:
             self._ended.clear()
             arguments = (pl_module.context, trainer.world_size)
@@ -85,6 +92,8 @@ class Alert(Callback):
         self._row = row
         if math.isfinite(row.get(self.key, math.nan)) and trainer.is_global_zero:  # the guard tells of the others
             self._look_at(row, pl_module.context)
+        if trainer.is_global_zero:
+            self._look_at_data(row, pl_module.context, getattr(trainer.datamodule, "num_workers", 0))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,6 +125,17 @@ class Alert(Callback):
         elif found < self.num_deviations / 2:
             self._is_spike = False
         self._losses.append(loss)
+
+    def _look_at_data(self, row: dict[str, Any], context: Any, num_workers: int) -> None:  # noqa: ANN401
+        self._waits.append(row["data_wait_fraction"])
+        share = statistics.median(self._waits)
+        if len(self._waits) == self._waits.maxlen and share > self.most_waiting and not self._is_waiting:
+            self._is_waiting = True
+            text = f"{share:.0%} of the last rows' time until step {row['step']} went by waiting for data: raise "
+            text += f"data.num_workers, which is {num_workers} on a node of {os.cpu_count()} cores"
+            _tell(context, row["step"], "waits for data", text, {"data_wait_fraction": share})
+        elif share < self.most_waiting / 2:
+            self._is_waiting = False
 
     def _watch(self, context: Any, world_size: int) -> None:  # noqa: ANN401
         """Not by the clock: a process that was stopped with Ctrl-Z and goes on has not stood still."""

@@ -21,11 +21,13 @@ def look(tmp_path):
     context = SimpleNamespace(stage="diffusion", tracker=SimpleNamespace(log=rows.append), run_directory=tmp_path)
     log = Log(every_steps=1)
 
-    def show(watching, losses, key="loss", is_first=True):
+    def show(watching, losses, key="loss", is_first=True, waits=()):
         rows.clear()
         trainer = SimpleNamespace(callbacks=[log], is_global_zero=is_first, global_step=0, world_size=1)
+        trainer.datamodule = SimpleNamespace(num_workers=3)
         for step, loss in enumerate(losses, start=1):
             log.last_row = {"stage": "diffusion", "step": step, "step_seconds": 0.1, "loss": 0.0, key: loss}
+            log.last_row["data_wait_fraction"] = waits[step - 1] if waits else 0.0
             for _ in range(2):  # the second batch of this row tells nothing new
                 watching.on_train_batch_end(trainer, SimpleNamespace(context=context), None, None, 0)
         return list(rows)
@@ -75,6 +77,26 @@ def test_another_figure_may_be_watched_and_must_be_there(look):
     assert [row["value"] for row in look(begun(key="pixel"), [*NOISE, 2.0], key="pixel")] == [2.0]
     with pytest.raises(ConfigError, match="alert.key=pixel is not in the rows of diffusion: stage, step"):
         look(begun(key="pixel"), [1.0])
+
+
+def test_waiting_for_data_is_told_once_with_what_to_do(look, capsys):
+    (row,) = look(begun(), [1.0] * 60, waits=[0.9] * 60)
+    assert (row["step"], row["title"], row["data_wait_fraction"]) == (20, "diffusion: waits for data", 0.9)
+    assert row["text"].startswith("90% of the last rows' time until step 20 went by waiting for data")
+    assert "raise data.num_workers, which is 3 " in row["text"]
+    assert capsys.readouterr().err == f"alert: diffusion: {row['text']}\n"
+
+
+def test_a_batch_that_comes_late_is_no_waiting_for_data(look):
+    assert look(begun(), [1.0] * 60, waits=[0.45] * 60) == []
+    assert look(begun(), [1.0] * 60, waits=[0.9, 0.1, 0.1] * 20) == []
+    assert look(begun(), [1.0] * 60, waits=[0.9] * 60, is_first=False) == []
+    assert len(look(begun(most_waiting=0.4), [1.0] * 60, waits=[0.45] * 60)) == 1
+
+
+def test_it_waits_again_once_it_has_not(look):
+    waits = [0.9] * 25 + [0.0] * 25 + [0.9] * 25
+    assert [row["step"] for row in look(begun(), [1.0] * 75, waits=waits)] == [20, 61]
 
 
 def test_what_was_usual_is_kept_over_a_restart(look):
