@@ -107,10 +107,13 @@ def check_continuation(directory: Path, cfg: DictConfig) -> list[str]:
     current = resolve_and_redact(cfg)
     found = compare(_read_config(file), current)
     if found.refused:
+        kept = directory / "autoencoder"
+        hint = f"; to keep its stage 1: stages=[diffusion] first_stage.weights={kept}"
         raise ConfigError(
             f"output_dir={directory} holds a run of another config: {'; '.join(map(str, found.refused[:3]))}"
             f"{f' and {len(found.refused) - 3} more' if len(found.refused) > 3 else ''}"
-            "\n  choose another output_dir, or undo the difference"
+            "\n  undo the difference, or choose another output_dir"
+            f"{hint if (kept / 'manifest.json').is_file() else ''}"
         )
     told = [f"{difference} differs from the run before" for difference in found.warned]
     values = flatten(current)

@@ -112,6 +112,19 @@ def test_what_began_while_it_waited_for_the_directory_is_not_gone_on_from(small,
         Session(cfg)
 
 
+@pytest.mark.parametrize("is_done", [True, False])
+def test_another_config_is_told_how_to_keep_a_stage_1_that_is_done(small, tmp_path, is_done):
+    """The guard: who mended stage 2 was told to begin anew, days after stage 1."""
+    before, cfg = (load_config([*small, f"output_dir='{tmp_path}'", f"seed={seed}"]) for seed in (0, 1))
+    continuation.write_config(tmp_path, before)
+    (tmp_path / "autoencoder").mkdir()
+    if is_done:
+        (tmp_path / "autoencoder" / "manifest.json").touch()
+    with pytest.raises(ConfigError) as caught:
+        continuation.check_continuation(tmp_path, cfg)
+    assert (f"stages=[diffusion] first_stage.weights={tmp_path / 'autoencoder'}" in str(caught.value)) == is_done
+
+
 @pytest.mark.parametrize("name", ["lock", "config.yaml.tmp", "metrics.jsonl"])
 def test_a_directory_that_takes_no_file_is_told(small, tmp_path, monkeypatch, name):
     """The guard: a disk that is full when a run begins was a traceback, here and in the claim."""

@@ -199,6 +199,8 @@ class DiffusionStage(Stage):
         for name, split, num_things in reader.groups:
             told = data.attributes(split)
             ids = [i for i, found in enumerate(told) if len(found["things"]) == num_things][: reader.num_captions]
+            if not ids:
+                continue
             batch = data.load(split, ids, as_images=True)
             image = batch["image"].to(self.device)
             with torch.no_grad(), self.precision():

@@ -42,6 +42,8 @@ class WandbTracker:
         mode = resolved_mode(self.mode)
         if mode == "disabled":
             return
+        if self.mode == "online" != mode:
+            print("wandb: offline, as there is no key: set WANDB_API_KEY, or `wandb login`", flush=True)
         self._is_online, self._lineage = mode == "online", {}
         self._directory, self._name, self._stage = run_directory, name, stage
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline runs would ask the DNS for a telemetry host

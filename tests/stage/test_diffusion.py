@@ -123,3 +123,14 @@ def test_ranks_share_the_samples_and_find_what_one_finds(world, num, tmp_path):
     places = [place for calls in asked.values() for call in calls for place in call]
     assert len(places) == world * -(-num // world)
     assert set(places) == set(range(num))
+
+
+def test_a_group_that_has_no_caption_is_left_out():
+    """The guard: with data.num_val=1 no caption names two things, and the end of the run was an IndexError."""
+    stage = make(45)
+    reader = SimpleNamespace(groups=[("two", "val", 2)], num_captions=8)
+    stage.metric = {"caption_match": reader}
+    data = stage.trainer.datamodule
+    data.splits["held_out"], data.attributes = 1, lambda split: [{"things": [{}]}]
+    assert stage._groups() == {}
+    assert data.asked == []

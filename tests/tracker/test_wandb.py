@@ -167,6 +167,14 @@ def test_modes(tmp_path, monkeypatch):
     assert resolved_mode("auto") == "disabled"
 
 
+@pytest.mark.parametrize(("mode", "told"), [("online", 1), ("auto", 0)])
+def test_online_that_becomes_offline_is_told(tmp_path, capsys, mode, told):
+    tracker = WandbTracker(mode=mode)
+    tracker.start(tmp_path, "quick", "diffusion", {})
+    tracker.finish({})
+    assert capsys.readouterr().out.count("offline, as there is no key: set WANDB_API_KEY") == told
+
+
 def test_disabled_writes_nothing(tmp_path):
     tracker = WandbTracker(mode="disabled")
     tracker.start(tmp_path, "quick", "diffusion", {})
