@@ -19,7 +19,7 @@ from sdtrain.target import ROOMS, check_allowed, check_node, nearest, parts, rea
 
 STAGES = ("autoencoder", "diffusion")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 RESUMES = ("auto", "must", "never")
 # Keys of parts that name what must be there before a run. The perceptual loss says itself which files it wants.
 SOURCES = {"data.shards", "data.val", "first_stage.weights", "model.weights"}
@@ -29,6 +29,10 @@ PLAIN = {"crop": "center", "flip": False}  # views that are the same each time
 LEAST_FREE_BYTES = 64 * 2**20
 MOST_SEED = 2**32 - 1  # numpy takes no larger one
 SHARDING, SHARDED = "sdtrain.strategy.deepspeed.DeepSpeed", "sdtrain.optim.adamw.AdamW"
+SEQUENTIAL, LATENTS = "sdtrain.data.sequential.SequentialDataModule", "sdtrain.data.latents.LatentDataModule"
+CHECKPOINT, EVALUATE = "sdtrain.callback.checkpoint.Checkpoint", "sdtrain.callback.evaluate.Evaluate"
+OF_PAIRS = "sdtrain.metric.reconstruction.reconstruction"
+OF_SETS = "sdtrain.metric.distribution.Distribution"
 
 
 def check(cfg: DictConfig) -> None:
@@ -48,6 +52,9 @@ def check(cfg: DictConfig) -> None:
     check_num_steps(resolved["objective"])
     check_classes(resolved)
     check_cache(resolved)
+    check_latents(resolved)
+    for stage in resolved["stages"]:
+        check_best(stage, resolved[stage])
     for path, node in parts(resolved):
         check_node(path, node)
         if path.partition(".")[0] not in STAGES or path.partition(".")[0] in resolved["stages"]:
@@ -260,6 +267,11 @@ def check_cache(cfg: dict[str, Any]) -> None:
     key = "diffusion.data" if cfg["diffusion"]["data"] else "data"
     data = cfg["diffusion"]["data"] or cfg["data"]
     reader = data.get("reader") or {}
+    if data["_target_"] == SEQUENTIAL and cfg["diffusion"]["cache_latents"] and "diffusion" in cfg["stages"]:
+        raise ConfigError(
+            "diffusion.cache_latents: shards that are read in sequence have no list of samples; set "
+            "diffusion.cache_latents=false, or index the shards and use data=webdataset"
+        )
     asked = [f"{key}.buckets"] if data.get("buckets") else []
     asked += [f"{key}.reader.{name}={reader[name]}" for name in PLAIN if reader.get(name, PLAIN[name]) != PLAIN[name]]
     if asked and cfg["diffusion"]["cache_latents"] and "diffusion" in cfg["stages"]:
@@ -267,6 +279,44 @@ def check_cache(cfg: dict[str, Any]) -> None:
             f"diffusion.cache_latents: latents in memory are of one square of each picture, and {asked[0]} asks for"
             " others; set diffusion.cache_latents=false"
         )
+
+
+def check_latents(cfg: dict[str, Any]) -> None:
+    """Latents on disk are of a finished first stage, and not of one that is still to be trained."""
+    key = "diffusion.data" if cfg["diffusion"]["data"] else "data"
+    data = cfg["diffusion"]["data"] or cfg["data"]
+    is_made = Path(cfg["output_dir"], "autoencoder", "manifest.json").is_file()
+    if data["_target_"] == LATENTS and cfg["stages"] == [*STAGES] and not is_made:
+        raise ConfigError(
+            f"{key}: these latents are of a first stage that is done, and stage 1 would train another one; write "
+            "stages=[diffusion] first_stage.weights=RUN/autoencoder"
+        )
+
+
+def check_best(stage: str, section: dict[str, Any]) -> None:
+    """What checkpoints are kept by is measured while the stage trains."""
+    nodes = {key: node for key, node in section["callback"].items() if node}
+    for key, node in nodes.items():
+        metric = (node.get("keep_best") or {}).get("metric") if node["_target_"] == CHECKPOINT else None
+        path, known = f"{stage}.callback.{key}.keep_best", figures_of(stage, section["metric"])
+        if metric is not None and not any(other["_target_"] == EVALUATE for other in nodes.values()):
+            raise ConfigError(f"{path}: nothing is measured without {stage}.callback.evaluate; set {path}=null")
+        if metric is not None and known and metric.replace("val_raw/", "val/").partition("_at/")[0] not in known:
+            raise ConfigError(
+                f"{path}.metric={metric} is not measured here; there are {', '.join(known)}{nearest(metric, known)}"
+            )
+
+
+def figures_of(stage: str, metric: dict[str, Any]) -> list[str]:
+    """What a stage measures of held-out samples while it trains; empty where a part that is not ours says it."""
+    name, ours = ("reconstruction", OF_PAIRS) if stage == "autoencoder" else ("distribution", OF_SETS)
+    node = metric.get(name) or {}
+    if node.get("_target_", ours) != ours:
+        return []
+    names = ["loss"] if stage == "autoencoder" else ["loss", "x0_error", *node.get("metric", ())]
+    names += ["psnr", "ssim", "l1", "out_of_range"] if node.get("_target_") == OF_PAIRS else []
+    names += ["precision", "recall"] if "precision_recall" in names else []
+    return [f"val/{name}" for name in names]
 
 
 def check_sources(path: str, node: dict[str, Any], directory: Path) -> None:

@@ -17,7 +17,7 @@ from sdtrain.first_stage.manifest import Manifest
 from sdtrain.interop.told import example
 from sdtrain.interop.weights import load_first_stage, load_model, own_whitening, save_first_stage
 from sdtrain.ops.compile import compile_regions
-from sdtrain.plan.rehearsal import rehearse
+from sdtrain.plan.rehearsal import check_sizes, rehearse
 from sdtrain.session import Session, barrier
 from sdtrain.stage.autoencoder import AutoencoderStage
 from sdtrain.stage.diffusion import DiffusionStage
@@ -216,17 +216,20 @@ def whiten_first_stage(session: Session, first_stage: torch.nn.Module, data: L.L
 
 def build_once(cfg: DictConfig, stages: list[str]) -> None:
     """What a machine or a part refuses, and a file that is not there, are told now, not after stage 1."""
-    for section in (cfg[name] for name in stages):
-        check_precision(cfg, section)
-        build_all(section.callback)
-        build(section.optim)
+    for name in stages:
+        check_precision(cfg, cfg[name])
+        build_all(cfg[name].callback)
+        build(cfg[name].optim)
+        if cfg[name].strategy:
+            build(cfg[name].strategy)
+        check_sizes(cfg, name)
     if "diffusion" in stages:
         build_all(cfg.diffusion.metric)
         for node in (cfg.sampler, cfg.objective):
             build(node)
         with torch.device("meta"):
             build(cfg.model)
-        if len(stages) > 1:
+        if not Path(cfg.output_dir, "diffusion", "checkpoints").expanduser().exists():  # what has trained fits
             rehearse(cfg)
 
 

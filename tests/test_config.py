@@ -1,5 +1,6 @@
 """Mistakes end in one line with the key and the fix, before torch; what is accepted is read; one directory, one run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from sdtrain.build import build
 from sdtrain.config import load_config
 from sdtrain.continuation import check_continuation, compare, config_hash, resolve_and_redact
 from sdtrain.errors import ConfigError
+from sdtrain.preflight import STAGES, figures_of
 from sdtrain.target import check_node
 
 SMOKE = "+experiment=smoke"
@@ -79,6 +81,31 @@ WRONG = [
         "of one square of each picture, and data.reader.flip=True asks for others",
     ),
     (
+        ["data=sequential", "data.shards=.", "diffusion.cache_latents=true"],
+        "diffusion.cache_latents: shards that are read in sequence have no list of samples; set diffusion.cache",
+    ),
+    (
+        ["+data@diffusion.data=latents", "diffusion.data.folder=."],
+        "diffusion.data: these latents are of a first stage that is done, and stage 1 would train another one",
+    ),
+    (
+        ["diffusion.callback.checkpoint.keep_best={metric: val/los, mode: min}"],
+        "diffusion.callback.checkpoint.keep_best.metric=val/los is not measured here; there are val/loss, "
+        "val/x0_error; did you mean 'val/loss'?",
+    ),
+    (
+        ["autoencoder.callback.checkpoint.keep_best={metric: psnr, mode: max}"],
+        "autoencoder.callback.checkpoint.keep_best.metric=psnr is not measured here; there are val/loss, val/psnr",
+    ),
+    (
+        ["diffusion.callback.checkpoint.keep_best={metric: val/fid, mode: min}"],
+        "keep_best.metric=val/fid is not measured here",
+    ),
+    (
+        ["diffusion.callback.checkpoint.keep_best={metric: val/loss, mode: min}", "diffusion.callback.evaluate=null"],
+        "diffusion.callback.checkpoint.keep_best: nothing is measured without diffusion.callback.evaluate; set ",
+    ),
+    (
         ["conditioner=label", "conditioner.num_class_embeds=6", "+model.num_class_embeds=5"],
         "the labels go up to 5, and the model's table has 5 rows",
     ),
@@ -104,6 +131,7 @@ WRONG = [
     (["diffusion.trainer.num_accumulate=7"], "diffusion.trainer.batch_size="),
     (["accelerator=cpuu"], "did you mean 'cpu'?"),
     (["precision=bf16"], "precision=bf16 is none of"),
+    (["diffusion.precision=bf16-true"], "diffusion.precision=bf16-true is none of 32-true, bf16-mixed, 16-mixed; did"),
     (["precision=16-mixed", "accelerator=cpu"], "precision=16-mixed does not exist on a CPU"),
     (["diffusion.precision=16-mixed", "accelerator=cpu"], "diffusion.precision=16-mixed does not exist on a CPU"),
     (["resume=sometimes"], "resume=sometimes is none of auto, must, never"),
@@ -185,6 +213,38 @@ def test_what_is_right_is_accepted() -> None:
     # What Lightning adds to the command of a rank that it starts itself.
     added = ['hydra.run.dir="."', "hydra.job.name=train_ddp_process_1", "hydra.output_subdir=null"]
     assert load_config(["experiment=smoke", "stages=[autoencoder]", *added]).stages == ["autoencoder"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "stage", "metric"),
+    [
+        ([], "autoencoder", "val/out_of_range"),
+        (["autoencoder.metric.reconstruction._target_=sdtrain.metric.multiscale.ms_ssim"], "autoencoder", "val/theirs"),
+        ([], "diffusion", "val_raw/x0_error_at/t0.05"),
+        (["metric@diffusion.metric=diffusion_fid"], "diffusion", "val/fid"),
+        (
+            ["metric@diffusion.metric=diffusion_fd", "diffusion.metric.distribution.metric=[precision_recall]"],
+            "diffusion",
+            "val/recall",
+        ),
+    ],
+)
+def test_what_is_measured_may_keep_the_best(typed: list[str], stage: str, metric: str) -> None:
+    load_config([SMOKE, *typed, f"{stage}.callback.checkpoint.keep_best={{metric: {metric}, mode: min}}"])
+
+
+def test_what_a_stage_measures_is_known_before(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    metric = OmegaConf.to_container(load_config([SMOKE]).autoencoder.metric)
+    for stage in STAGES:
+        row = next(row for row in rows if row.get("stage") == stage and "val/loss" in row)
+        assert {name for name in row if name.startswith("val/") and "_at/" not in name} == {*figures_of(stage, metric)}
+
+
+def test_latents_of_the_first_stage_that_is_done_here_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "autoencoder").mkdir()
+    (tmp_path / "autoencoder" / "manifest.json").touch()
+    load_config([SMOKE, f"output_dir={tmp_path}", "+data@diffusion.data=latents", "diffusion.data.folder=."])
 
 
 SOURCE = """

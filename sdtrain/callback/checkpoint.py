@@ -52,6 +52,7 @@ class Checkpoint(Callback):
         self._prune = partial(prune, keep_last=keep_last, keep_every_steps=keep_every_steps, best=best["mode"])
         self._step = 0
         self._saved_step = -1
+        self._missing = ""  # what is told once the step is saved: nothing is lost by it
         self._restored: dict[str, Any] | None = None
 
     def save(self, trainer: Trainer, in_background: bool = False) -> None:
@@ -63,6 +64,8 @@ class Checkpoint(Callback):
                 self._tell(trainer, trainer.strategy.checkpoint_io.wait())
                 trainer.save_checkpoint(path, storage_options={"prune": self._prune, "in_background": in_background})
                 self._saved_step = step
+                if self._missing:
+                    raise ConfigError(self._missing)
             if not in_background:
                 self._tell(trainer, trainer.strategy.checkpoint_io.wait())
 
@@ -110,7 +113,7 @@ class Checkpoint(Callback):
         found = [c.last_figures[self.metric] for c in evaluations if self.metric in c.last_figures]
         if self.metric and evaluations and not found:
             known = ", ".join(evaluations[0].last_figures)
-            raise ConfigError(f"checkpoint.keep_best.metric={self.metric} is not measured here; there are {known}")
+            self._missing = f"checkpoint.keep_best.metric={self.metric} is not measured here; there are {known}"
         return found[0] if found and math.isfinite(found[0]) else None
 
     @override

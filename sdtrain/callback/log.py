@@ -17,6 +17,9 @@ from sdtrain.callback.straggler import Straggler
 from sdtrain.callback.watchdog import Watchdog
 from sdtrain.ops.memory import peak_memory_bytes
 
+# What a row says beside its place, the means, the learning rates and the gradients' norms.
+COLUMNS = {"images_per_second", "mfu", "step_seconds", "data_wait_fraction", "data_wait_seconds", "seconds"}
+COLUMNS |= {"lr", "peak_memory_bytes", "peak_device_memory_bytes"}
 MOST_LOOKING, SHORT_SECONDS = 0.03, 600  # above this share, and beyond this time, a stage says what looking took
 
 

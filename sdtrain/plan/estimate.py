@@ -124,7 +124,7 @@ def build_stage(cfg: DictConfig, name: str) -> Stage | None:
             module.tokens = AnyTokens(module.max_tokens)
         if isinstance(module, Perceptual):
             module.ready = True
-    return stage.to(torch.bfloat16) if (section.precision or cfg.precision) == "bf16-true" else stage
+    return stage
 
 
 def count_parameters(module: nn.Module) -> int:

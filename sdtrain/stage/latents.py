@@ -69,6 +69,18 @@ def latent_figures(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def require_room(first_stage: nn.Module, data: L.LightningDataModule) -> None:
+    """For latents in memory. Raises ConfigError where those of a split would take more than 16 GiB."""
+    side = data.image_size // first_stage.down_factor
+    for num in data.splits.values():
+        num_bytes = num * 4 * first_stage.latent_channels * side**2
+        if num_bytes > _MOST_BYTES:
+            raise ConfigError(
+                f"diffusion.cache_latents: the latents of {num} pictures take {num_bytes >> 30} GiB of memory; set "
+                "diffusion.cache_latents=false"
+            )
+
+
 def cache_latents(first_stage: nn.Module, data: L.LightningDataModule, precision: str) -> None:
     """Encodes every picture once, so that training reads latents; a resumed run encodes the same batches to the same
     bits.
@@ -76,14 +88,8 @@ def cache_latents(first_stage: nn.Module, data: L.LightningDataModule, precision
     Raises:
         ConfigError: where they would take more than 16 GiB.
     """
-    side = data.image_size // first_stage.down_factor
+    require_room(first_stage, data)
     for split in ("train", "val"):
-        num_bytes = data.splits[split] * 4 * first_stage.latent_channels * side * side
-        if num_bytes > _MOST_BYTES:
-            raise ConfigError(
-                f"diffusion.cache_latents: the latents of {data.splits[split]} pictures take "
-                f"{num_bytes >> 30} GiB of memory; set diffusion.cache_latents=false"
-            )
         encoded = _encoded(first_stage, data, split, data.splits[split])
         with torch.autocast(_device(first_stage).type, torch.bfloat16, enabled=precision.startswith("bf16")):
             parts = [moments.half() for _, moments in encoded]

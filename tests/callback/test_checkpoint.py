@@ -162,9 +162,12 @@ def test_a_score_that_is_no_number_is_never_the_best(tmp_path, mode):
     assert steps(tmp_path) == [4 if mode == "min" else 8, 10]
 
 
-def test_a_metric_that_is_not_measured_is_told(tmp_path):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_metric_that_is_not_measured_is_told_and_the_step_is_saved(tmp_path, in_background):
+    best = {"metric": "val/fid", "mode": "min"}
     with pytest.raises(ConfigError, match="keep_best.metric=val/fid is not measured here; there are val/loss"):
-        fit_with(tmp_path, Checkpoint(2, keep_best={"metric": "val/fid", "mode": "min"}))
+        fit_with(tmp_path, Checkpoint(2, keep_best=best, in_background=in_background))
+    assert steps(tmp_path) == [2]
 
 
 def test_in_the_background_the_same_is_saved(tmp_path):
