@@ -16,6 +16,7 @@ from sdtrain.model.unet import UNet
 from sdtrain.plan.rehearsal import check_sizes, rehearse
 from sdtrain.run import build_once
 from sdtrain.stage import latents
+from sdtrain.stage.diffusion import DiffusionStage
 
 # The colour behind the shapes as a class.
 GROUND = (
@@ -133,6 +134,12 @@ def test_what_trains_is_let_through_without_a_word(typed, capsys, smoke):
 @pytest.mark.parametrize("failure", [lambda x: x.sum().item(), lambda x: {}["numbers"]])
 def test_a_part_that_does_not_run_without_numbers_is_no_reason_not_to_train(failure, capsys, monkeypatch, smoke):
     monkeypatch.setattr(UNet, "forward", lambda self, x, time, cond: failure(x))
+    rehearse(load_config(smoke))
+    assert "its parts were not tried together before stage 1" in capsys.readouterr().out
+
+
+def test_a_stage_that_asks_its_trainer_is_no_reason_not_to_train(capsys, monkeypatch, smoke):
+    monkeypatch.setattr(DiffusionStage, "training_step", lambda self, batch, number: self.trainer.global_step)
     rehearse(load_config(smoke))
     assert "its parts were not tried together before stage 1" in capsys.readouterr().out
 

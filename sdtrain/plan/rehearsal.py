@@ -30,6 +30,7 @@ from sdtrain.stage.generation import for_conditioner
 from sdtrain.stage.latents import has_latents, require_room
 from sdtrain.target import parts
 
+_ABSENT = ("meta", "trainer")  # torch names the device where a number is asked for, Lightning what there is none of
 _NUM_READ = 16  # samples: enough to meet a class that has no name
 _LEAST_READ = 0.5  # of real pictures, by the metric that will read drawn ones
 
@@ -62,7 +63,7 @@ def rehearse(cfg: DictConfig) -> None:
         except ConfigError:
             raise
         except RuntimeError as error:
-            if "meta" not in str(error).lower():  # torch names the device where a number was asked for
+            if not any(name in str(error).lower() for name in _ABSENT):
                 told = "x".join(map(str, dict.fromkeys(size)))
                 raise ConfigError(f"stage 2's parts do not fit each other at {told} pixels: {error}") from error
             return _tell(error)

@@ -47,7 +47,7 @@ def assert_same_gradients(ours, theirs):
     """Relative to its norm; a key's bias has no gradient but rounding, as softmax forgets it."""
     named = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        assert float((p.grad - named[name].grad).norm()) <= 1e-4 * float(named[name].grad.norm()) + 1e-5, name
+        assert float((p.grad - named[name].grad).norm()) <= 1e-4 * float(named[name].grad.norm()) + 2e-5, name
 
 
 def pictures(config):
