@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
 from sdtrain.callback.agreement import Agreement
 from sdtrain.contracts import Batch
 from sdtrain.errors import ConfigError, RunError
+from sdtrain.ops.norm import total_norm
 
 NONFINITE = 76
 _NUM_NOTES = 3  # the step that just ended, the one whose note is read now, the one that the ranks answer about now
@@ -203,7 +203,7 @@ def _gradient_norm(trainer: Trainer) -> Tensor:
     """Over all ranks, wherever the strategy keeps the gradients."""
     if hasattr(trainer.strategy, "norms"):
         return torch.stack([*trainer.strategy.norms().values()]).norm()
-    return get_total_norm([p.grad for p in trainer.lightning_module.parameters() if p.grad is not None])
+    return total_norm([p.grad for p in trainer.lightning_module.parameters() if p.grad is not None])
 
 
 def _data_state(trainer: Trainer) -> dict[str, Any]:

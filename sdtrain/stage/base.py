@@ -11,11 +11,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from sdtrain.contracts import Batch, Context
 from sdtrain.errors import ConfigError
 from sdtrain.layer.frozen import everything
+from sdtrain.ops.norm import total_norm
 from sdtrain.ops.random import Draw
 
 NUM_BINS = 8
@@ -216,7 +217,7 @@ class Stage(L.LightningModule):
                     p.grad = None
             gradients = [p.grad for p in parameters if p.grad is not None]
             if gradients:
-                norms[name] = get_total_norm(gradients, foreach=True)
+                norms[name] = total_norm(gradients)
         if not self.clip_norm:
             return norms
         if hasattr(optimizer, "clip"):  # within its step, which takes no pass of its own

@@ -34,6 +34,7 @@ from sdtrain.model.unet import UNet
 from sdtrain.ops.compile import compile_regions
 from sdtrain.ops.denormal import flush_denormals
 from sdtrain.ops.memory import keep_freed_memory
+from sdtrain.ops.norm import total_norm
 from sdtrain.optim.adamw import AdamW
 
 MODELS = {
@@ -97,7 +98,7 @@ class Bench:
                     y = net(x, self.time, self.context).sample
             F.mse_loss(y.float(), self.target).backward()
             if "sdtrain" in name:
-                optimizer.clip({"model": torch.nn.utils.get_total_norm([p.grad for p in parameters])}, 1.0)
+                optimizer.clip({"model": total_norm([p.grad for p in parameters])}, 1.0)
             else:
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -1,0 +1,41 @@
+"""One norm of many tensors, however they lie."""
+
+import pytest
+import torch
+
+from sdtrain.ops.norm import total_norm
+
+
+def tensors(scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator) * scale for shape in ((64, 32, 3, 3), (7, 5), (3,), ())]
+    return [made[0].contiguous(memory_format=torch.channels_last), *made[1:]]
+
+
+def exact(given):
+    return torch.cat([t.double().flatten() for t in given]).norm().item()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_it_is_that_of_all_numbers(scale):
+    given = tensors(scale)
+    assert total_norm(given).item() == pytest.approx(exact(given), rel=1e-6)
+
+
+def test_it_is_right_where_there_are_many():
+    """torch's is off by 4e-5."""
+    given = [torch.rand(3_000_000, generator=torch.Generator().manual_seed(0))]
+    assert total_norm(given).item() == pytest.approx(exact(given), rel=2e-6)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.T, lambda t: t[::2], lambda t: t.double()])
+def test_what_lies_otherwise_is_counted_once(change):
+    given = [*tensors(), change(torch.arange(42.0).view(6, 7))]
+    assert total_norm(given).item() == pytest.approx(exact(given), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_told(bad):
+    given = tensors()
+    given[0][0, 0, 0, 0] = bad
+    assert not total_norm(given).isfinite()
