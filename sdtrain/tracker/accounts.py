@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from sdtrain.tracker.headline import duration, is_number, percent, text
+from sdtrain.tracker.headline import branch, duration, is_number, number, percent, text
 from sdtrain.tracker.jsonl import current_rows, row_kind
 
 LOSSES = ("replaced", "lost")  # counts under these are shown as a share of what was read
@@ -82,6 +82,14 @@ def data_card(title: str, counts: Mapping[str, Any]) -> str:
         is_loss = name.split("/")[0] in LOSSES and is_number(value) and is_number(read) and read
         rows += _share_row(_words(name), text(name, value), value / read if is_loss else None)
     return _card(title, rows)
+
+
+def looking_card(title: str, looking: Mapping[str, Any]) -> str:
+    """What looking at a stage while it trained took, by kind, and which share of the stage's time it is."""
+    seconds = {name: value for name, value in branch(looking, "seconds").items() if is_number(value)}
+    rows = "".join(_share_row(name, duration(value), None) for name, value in seconds.items())
+    together = _share_row("together", duration(sum(seconds.values())), number(looking, "share"))
+    return _card(title, rows + together if rows else "")
 
 
 def _card(title: str, rows: str) -> str:

@@ -104,11 +104,11 @@ def percent(value: float) -> str:
 def text(name: str, value: Any) -> str:
     """A value as people read it; the unit is taken from the name."""
     if not is_number(value):
-        return ", ".join(text("", item) for item in value) if isinstance(value, list | tuple) else str(value)
+        return ", ".join(text("", item) for item in value) or "none" if isinstance(value, list | tuple) else str(value)
     parts = name.split(".")
     if "seconds" in parts or name.endswith("_seconds"):
         return duration(value)
-    if name.endswith("_bytes"):
+    if parts[-1] == "bytes" or name.endswith("_bytes"):
         return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
     return f"{value:,}" if isinstance(value, int) else format_number(value)
 

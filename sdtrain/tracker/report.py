@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from sdtrain.tracker.accounts import counts_of, data_card, time_card
+from sdtrain.tracker.accounts import counts_of, data_card, looking_card, time_card
 from sdtrain.tracker.beside import beside_table
 from sdtrain.tracker.chart import Point, Series, line_chart, smoothed, smoothing_slider
 from sdtrain.tracker.gallery import gallery
@@ -122,16 +122,16 @@ def _group_chart(
 
 def _accounts(files: RunFiles) -> str:
     """Where the time went, what data was read and replaced, memorisation, and the stage manifest."""
-    spent = {name: duration(value) for name, value in branch(files.summary, "seconds").items() if is_number(value)}
+    seconds = branch(files.summary, "seconds")
+    spent = {name: duration(seconds[name]) for name in sorted(seconds, key="total".__eq__) if is_number(seconds[name])}
     cards = [time_card(files.written), key_values("Time by stage", spent)]
     for stage in files.stages:
         counted = counts_of((row for row in files.rows if row.get("stage") == stage), "data/")
         cards.append(data_card(f"Data, {stage}", counted or branch(files.summary, stage, "data")))
-        cards.append(key_values(f"Looking, {stage}", branch(files.summary, stage, "looking")))
+        cards.append(looking_card(f"Looking, {stage}", branch(files.summary, stage, "looking")))
     cards.append(data_card("Data", branch(files.summary, "data")))
     cards.append(key_values("Memorisation", branch(files.summary, "diffusion", "memorisation")))
-    cards.append(key_values("Stage manifest", files.manifest))
-    return columns("".join(cards))
+    return columns("".join(cards)) + key_values("Stage manifest", files.manifest)
 
 
 def _events(files: RunFiles) -> str:
@@ -142,4 +142,4 @@ def _events(files: RunFiles) -> str:
         stamp = row.get("time")
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(stamp)) if is_number(stamp) else ""
         lines.append([when, str(row.get("stage", "")), str(row.get("step", "")), str(row["event"]), told])
-    return table(["time (UTC)", "stage", "step", "event", ""], lines)
+    return table(["time (UTC)", "stage", "step", "event", ""], lines, "events")

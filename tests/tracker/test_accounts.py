@@ -1,6 +1,8 @@
 """Goodput and restarts from rows as a run writes them, and the card of its data."""
 
-from sdtrain.tracker.accounts import TimeSpent, data_card, time_card
+import re
+
+from sdtrain.tracker.accounts import TimeSpent, data_card, looking_card, time_card
 
 
 def train(step, time, seconds=None):
@@ -45,6 +47,14 @@ def test_losses_are_shown_as_a_share_of_what_was_read():
     for told in ("1.00 GiB", ">read bytes<", "replaced: undecodable", "replaced in a/&lt;0&gt;.tar"):
         assert told in card
     assert data_card("Data", {}) == ""
+
+
+def test_looking_is_told_by_kind_and_as_a_share_of_the_stage():
+    card = looking_card("Looking", {"seconds": {"samples": 0.5, "validation": 3.0}, "share": 0.029})
+    cells = re.findall("<t[hd][^>]*>([^<]+)", card)
+    assert cells == ["samples", "0.5 s", "validation", "3 s", "together", "3.5 s", "2.9 %"]
+    assert looking_card("Looking", {}) == ""
+    assert looking_card("Looking", {"seconds": {"samples": "long"}, "share": None}) == ""
 
 
 def test_what_comes_after_the_run_is_no_time_of_it():

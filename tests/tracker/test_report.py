@@ -75,13 +75,13 @@ def run(tmp_path):
     summary = {
         "world_size": 2,
         "strategy": "ddp",
-        "seconds": {"autoencoder": 125.0, "total": 3725.0},
-        "autoencoder": {"psnr": 28.35, "ssim": 0.9312},
+        "seconds": {"total": 3725.0, "autoencoder": 125.0},
+        "autoencoder": {"psnr": 28.35, "ssim": 0.9312, "looking": {"seconds": {"samples": 1.5}, "share": 0.0123}},
         "diffusion": {"caption_match": {"one": scores(0.91), **limits}, "memorisation": {"ratio": 0.97}},
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "config.yaml").write_text("name: my run\ndata: <script>alert(1)</script> https://example.org\n")
-    (tmp_path / "autoencoder" / "manifest.json").write_text(json.dumps({"latent_channels": 4, "mean": [0.5, -0.25]}))
+    (tmp_path / "autoencoder" / "manifest.json").write_text(json.dumps({"mean": [0.5, -0.25], "dead_channels": []}))
     return tmp_path
 
 
@@ -98,6 +98,9 @@ def test_everything_a_run_holds_is_in_it(run):
         assert labels.count(f"{label} over steps") == 2
     assert page.text.count("SIGTERM <now>") == 2
     assert "0.5, -0.25" in page.text
+    assert "dead_channels\nnone" in page.text
+    assert page.text.index("autoencoder\n2 min 05 s") < page.text.index("total\n1 h 02 min")
+    assert "together\n1.5 s\n1.2 %" in page.text
     assert not run.joinpath("report.html.tmp").exists()
 
 
