@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from sdtrain.tracker.headline import duration
 from sdtrain.tracker.jsonl import read_rows
 
-COLUMNS = ("job", "stage", "state", "nodes", "attempts", "step", "steps kept", "hours trained", "since sent")
+COLUMNS = ("job", "stage", "state", "nodes", "attempts", "step", "steps kept", "trained", "since sent")
 
 
 @dataclass
@@ -68,8 +69,9 @@ class Job:
         return max(trained_seconds(self.rows) - self.earlier_seconds, 0.0)
 
     def since_sent_seconds(self, is_over: bool) -> float:
-        """Until its last row, or until now."""
-        return (self.rows[-1]["time"] if is_over and self.rows else time.time()) - self.sent
+        """Until now, or until the last that was heard of it."""
+        heard = [self.sent, *(start for start, _ in self.starts), *(row["time"] for row in self.rows)]
+        return (max(heard) if is_over else time.time()) - self.sent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,8 +108,8 @@ def describe(directory: Path, console: Console) -> None:
             str(len(job.starts)),
             f"{job.step}/{config[job.stage].trainer.max_steps}",
             f"{job.num_kept} of {job.num_run}",
-            f"{job.kept_seconds / 3600:.3g}",
-            f"{since_sent / 3600:.3g} h",
+            duration(job.kept_seconds),
+            duration(since_sent),
         )
     console.print(table)
     kept, run = sum(job.num_kept for job in jobs), sum(job.num_run for job in jobs)
@@ -139,8 +141,8 @@ def read_jobs(directory: Path) -> list[Job]:
 
 
 def trained_seconds(rows: list[dict[str, Any]]) -> float:
-    """Of a stage, as its last row says."""
-    return next((row["seconds"] for row in reversed(rows) if "seconds" in row), 0.0)
+    """Of a stage, as its last row of steps says; an event's seconds are its own."""
+    return next((row["seconds"] for row in reversed(rows) if "seconds" in row and "event" not in row), 0.0)
 
 
 def ask(job: str) -> dict[str, str]:

@@ -107,9 +107,10 @@ def read_protocol(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--guidance: {protocol['guidance']} is not finite")
     if args.metric:
         asked = {key: [n for n in names if n in args.metric] for key, names in protocol["metric"].items()}
-        missing = set(args.metric) - {name for names in asked.values() for name in names}
-        if missing:
-            raise ConfigError(f"--metric: {file.name} measures no {', '.join(sorted(missing))}")
+        known = {name for names in protocol["metric"].values() for name in names}
+        if missing := set(args.metric) - known:
+            unknown, has = (", ".join(sorted(names)) for names in (missing, known))
+            raise ConfigError(f"--metric: {file.name} measures no {unknown}; it has {has}")
         protocol["metric"] = {key: names for key, names in asked.items() if names}
     return protocol
 

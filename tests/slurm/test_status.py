@@ -45,6 +45,7 @@ def run(tmp_path, monkeypatch):
     seen += [("diffusion", step, 1200 + step, step) for step in (5, 10, 14)]
     seen += [("diffusion", step, 1300 + step, step) for step in (15, 20)]
     rows = [{"stage": s, "step": n, "time": t, "seconds": seconds, "loss": 1.0} for s, n, t, seconds in seen]
+    rows.insert(2, {"event": "checkpoint", "stage": "autoencoder", "step": 4, "seconds": 0.5, "time": 1104})
     rows.append({"event": "stop", "stage": "diffusion", "step": 22, "time": 1330})
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
@@ -56,6 +57,8 @@ def test_what_was_done_twice_is_counted_once(module, run):
     assert (second.step, second.num_kept, second.num_run, second.kept_seconds) == (22, 22, 14 + 12, 20)
     assert second.starts == [(1200, 0), (1300, 10)]
     assert second.since_sent_seconds(is_over=True) == 329
+    first.rows = []
+    assert first.since_sent_seconds(is_over=True) == 100  # it ended before it wrote a row
 
 
 def test_the_chain_in_one_table(module, run, capsys):
@@ -63,6 +66,7 @@ def test_the_chain_in_one_table(module, run, capsys):
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
     assert rows[0][:7] == ["7", "autoencoder", "gone", "-", "1", "4/4", "4 of 4"]
+    assert rows[0][7:] == ["8 s", "1 min 44 s"]
     assert rows[1][:7] == ["8", "diffusion", "PENDING (BeginTime)", "-", "2", "22/40", "22 of 26"]
     assert "goodput: 86.7% of the steps" in printed
 
