@@ -116,7 +116,9 @@ def outlive_children(seconds: float) -> None:
 
 
 def next_command() -> str:
-    """What continues this run: what started it, without what would start it anew."""
+    """What continues this run: what started it, without what would start it anew; of a job, what sent it."""
+    if any(argument.startswith("cluster.submitted=") for argument in sys.orig_argv):
+        return "slurm/submit.py as it was sent, unless Slurm requeues the job"
     return shlex.join(argument for argument in sys.orig_argv if argument.lstrip("+") != "resume=never")
 
 

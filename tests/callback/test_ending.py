@@ -116,6 +116,8 @@ def test_what_continues_a_run_does_not_begin_it_anew(monkeypatch):
     typed = ["python", "-m", "sdtrain", "+experiment=smoke", "resume=never", "name='a b'"]
     monkeypatch.setattr(sys, "orig_argv", typed)
     assert shlex.split(ending.next_command()) == [*typed[:4], typed[5]]
+    monkeypatch.setattr(sys, "orig_argv", [*typed, "cluster.submitted=0123"])  # typed by nobody
+    assert ending.next_command().startswith("slurm/submit.py as it was sent")
 
 
 def test_what_an_attempt_left_is_forgotten(tmp_path):
