@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     for directory in parser.parse_args(argv).directories:
         if (directory / "slurm" / "jobs.jsonl").exists():
-            describe(directory, Console(width=None if sys.stdout.isatty() else 120))
+            describe(directory, Console(width=None if sys.stdout.isatty() else 120, markup=False))
         else:
             print(f"error: {directory} holds no run that slurm/submit.py sent", file=sys.stderr)
             code = 2

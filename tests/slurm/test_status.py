@@ -97,3 +97,10 @@ def test_a_run_that_waits_for_its_first_start(module, run, capsys):
     assert "0/40" in printed
     assert "goodput" not in printed
     assert "ended with" not in printed  # it is of an attempt before
+
+
+def test_what_it_ended_with_is_told_as_it_was_said(module, run, capsys):
+    (run.parent / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+    (run / "exit.json").write_text('{"exit_code": 2, "reason": "stages=[diffusion] is not"}')
+    assert module.main([str(run)]) == 0
+    assert "ended with 2: stages=[diffusion] is not" in capsys.readouterr().out
