@@ -3,7 +3,8 @@
     python tools/make_shards.py FOLDER OUT
 
 Captions stand in x.txt beside x.png, or in one captions.jsonl or captions.csv with the columns file_name (or file) and
-caption (or text). Pictures are copied as they are; what cannot be trained on is left out and counted with its reason.
+caption (or text). Pictures are copied as they are; what cannot be trained on is left out, and OUT/left_out.tsv names it
+with its reason.
 Beside x.png may stand x.mask.png, white where to paint, and x.source.png, the picture to edit.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -57,36 +59,40 @@ def make_shards(folder: Path, out: Path, samples_per_shard: int) -> list[Path]:
     if any(out.glob("*.tar")):
         raise ConfigError(f"{out} already holds shards; give an empty folder, or one that does not exist yet")
     pairs, skipped = find_pairs(folder)
-    counts: Counter[str] = Counter()
+    empty: list[Path] = []
     try:
         pattern = str(out / "shard-").replace("%", "%%") + "%06d.tar"
-        shards = write_shards(read_samples(folder, pairs, counts, skipped), pattern, samples_per_shard)
+        shards = write_shards(read_samples(folder, pairs, empty, skipped), pattern, samples_per_shard)
     except OSError as error:
         raise ConfigError(f"{error.filename or out}: {error.strerror or error}; the shards were not written") from error
-    left_out = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
+    left_out = ", ".join(f"{reason} {count}" for reason, count in Counter(skipped.values()).most_common())
     if not shards:
         raise ConfigError(f"{folder}: none of its pictures can be used ({left_out})")
     index = build_index(shards)
     print(f"wrote {len(index)} samples in {len(shards)} shard{'s' * (len(shards) > 1)} to {out}")
-    if left_out:
-        print(f"left out {skipped.total()}: {left_out}")
-    if counts["empty"]:
-        print(f"{counts['empty']} captions are empty: those pictures are trained without a condition")
+    if skipped:
+        names = out / "left_out.tsv"
+        names.write_bytes(
+            b"".join(f"{reason}\t".encode() + os.fsencode(path) + b"\n" for path, reason in skipped.items())
+        )
+        print(f"left out {len(skipped)}: {left_out}; see {names}")
+    if empty:
+        print(f"{len(empty)} captions are empty: those pictures are trained without a condition")
     print(f"next: python -m sdtrain +experiment=quickstart data=webdataset data.shards='{out}/*.tar'")
     return shards
 
 
-def find_pairs(folder: Path) -> tuple[list[tuple[Path, bytes]], Counter[str]]:
-    """Every picture with its caption, sorted; and how many pictures have none, by reason."""
+def find_pairs(folder: Path) -> tuple[list[tuple[Path, bytes]], dict[Path, str]]:
+    """Every picture with its caption, sorted; and why others have none."""
     for name, read in (("captions.jsonl", _read_jsonl), ("captions.csv", _read_csv)):
         if (folder / name).is_file():
             rows = [(folder / file, caption.encode()) for file, caption in read(folder / name)]
             if not rows:
                 raise ConfigError(f"{folder / name} has no rows; write one a picture, with file_name and caption")
-            return sorted(rows), Counter()
+            return sorted(rows), {}
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
     pictures = [path for path in pictures if Path(path.stem).suffix[1:] not in COMPANIONS or _caption(path).is_file()]
-    others = sum(path.suffix.lower() in OTHER_IMAGES for path in folder.rglob("*"))
+    others = sorted(path for path in folder.rglob("*") if path.suffix.lower() in OTHER_IMAGES)
     if not pictures:
         raise ConfigError(f"{folder} has no pictures ({', '.join(sorted(IMAGES))})")
     pairs = [(path, _caption(path)) for path in pictures]
@@ -96,7 +102,8 @@ def find_pairs(folder: Path) -> tuple[list[tuple[Path, bytes]], Counter[str]]:
             f"{folder} has {len(pictures)} pictures and no captions. Put x.txt beside x.png, "
             "or one captions.jsonl or captions.csv with the columns file_name and caption into the folder"
         )
-    return found, +Counter(no_caption=len(pictures) - len(found), not_an_image=others)
+    alone = [path for path, caption in pairs if not caption.is_file()]
+    return found, dict.fromkeys(alone, "no_caption") | dict.fromkeys(others, "not_an_image")
 
 
 def _caption(path: Path) -> Path:
@@ -105,9 +112,11 @@ def _caption(path: Path) -> Path:
 
 
 def read_samples(
-    folder: Path, pairs: list[tuple[Path, bytes]], counts: Counter[str], skipped: Counter[str]
+    folder: Path, pairs: list[tuple[Path, bytes]], empty: list[Path], skipped: dict[Path, str]
 ) -> Iterator[dict[str, Any]]:
-    """The samples that can be trained on, the picture's bytes as they are; the others go into `skipped` by reason."""
+    """The samples that can be trained on, the picture's bytes as they are; the others go into `skipped`, with why, and
+    those without a word into `empty`, too.
+    """
     taken: set[str] = set()
     for path, caption in pairs:
         try:
@@ -120,9 +129,10 @@ def read_samples(
                 raise BadSample("not_an_image")
             companions = dict(_read_companions(path, size))
         except BadSample as bad:
-            skipped[bad.reason] += 1
+            skipped[path] = bad.reason
             continue
-        counts["empty"] += not text
+        if not text:
+            empty.append(path)
         key = _key(path, folder, taken)
         yield {"__key__": key, path.suffix[1:].lower(): data, **companions, "txt": caption}
 

@@ -130,7 +130,13 @@ def test_bad_ones_are_left_out_and_counted(tool, folder, tmp_path):
     assert code == 0
     assert "wrote 2 samples" in output
     line = next(line for line in output.splitlines() if line.startswith("left out"))
-    counts = dict(part.rsplit(" ", 1) for part in line.removeprefix("left out 7: ").split(", "))
+    counted, _, told = line.removeprefix("left out 7: ").partition("; see ")
+    names = dict(row.split("\t")[::-1] for row in Path(told).read_text().splitlines())
+    assert names.keys() == {str(folder / name) for name in ("latin.png", "long.png", "tiny.png", "alone.png")} | {
+        str(folder / name) for name in ("moving.gif", "page.jpg", "cut.png")
+    }
+    assert names[str(folder / "cut.png")] == "decode_error"
+    counts = dict(part.rsplit(" ", 1) for part in counted.split(", "))
     assert counts == {
         "not_an_image": "2",
         "no_caption": "1",
