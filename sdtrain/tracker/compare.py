@@ -20,6 +20,7 @@ from sdtrain.tracker.run_files import RunFiles
 MAX_RUNS = NUM_COLOURS  # more lines than that cannot be told apart
 FIRST = ("loss", "val/loss")  # charts everybody looks at; of the rest, what is held out comes before what is trained
 DETAILS = {"floor", "ceiling", "reconstruction", "shape", "colour", "size", "position", "ground", "fit", "evaluation"}
+DETAILS |= {"recognition", "looking", "data", "flops_per_image", "peak_flops", "matmul_peak_flops"}  # under a click
 PATHS = ("name", "output_dir")  # differ always, and tell nothing
 
 
