@@ -190,6 +190,15 @@ def test_another_learning_rate_goes_on_with_a_warning(train, copy):
     assert [last["lr/model"], last["lr/conditioner"]] == pytest.approx([1e-3, 4e-4])  # its lr_scale is 0.4
 
 
+def test_captions_that_are_cut_are_told(train, tmp_path, capsys):
+    train(tmp_path, "conditioner.max_tokens=4")
+    (account,) = [row for row in rows(tmp_path, stage="diffusion") if "data/read" in row]
+    assert 0.9 < account["data/cut_caption_share"] < 1  # all but the empty one
+    (row,) = rows(tmp_path, event="warning")
+    assert row["warning"].startswith("diffusion: captions longer than the conditioner's max_tokens lose their end: ")
+    assert f"warning: {row['warning']}" in capsys.readouterr().out
+
+
 def test_an_average_that_is_switched_on_later_starts_then(train, tmp_path):
     only = ["stages=[autoencoder]", "autoencoder.optim.lr=1e-3"]
     train(tmp_path, *only, "autoencoder.trainer.max_steps=2", "autoencoder.callback.ema=null")

@@ -137,6 +137,9 @@ def add_text(args: argparse.Namespace, device: torch.device | str, rank: int, wo
     if not (here / ABOUT).exists():
         for number in range(rank, len(about["parts"]), world):
             write_text_part(args.out, here, about, number, text_encoder(part))
+        cut, read = part.cut_captions()
+        if cut:
+            print(f"{cut} of {read} captions are longer than --text-tokens {args.text_tokens} and lose their end")
         barrier()
         if rank == 0:
             told = finish_text(here, about, job)

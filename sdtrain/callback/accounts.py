@@ -16,6 +16,8 @@ from sdtrain.callback.ending import read_json
 from sdtrain.callback.every import EverySteps
 from sdtrain.contracts import Context
 
+MOST_CUT = 0.01  # a share of captions that lose their end, beyond which it is told
+
 
 class Accounts(EverySteps):
     """An event `start` with the run's lineage, then every `every_steps` optimizer steps, and at the last one, a row of
@@ -25,7 +27,7 @@ class Accounts(EverySteps):
 
     def __init__(self, every_steps: int = 1000) -> None:
         super().__init__(every_steps)
-        self._num_restarts = 0
+        self._num_restarts, self._has_warned = 0, False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,6 +48,7 @@ class Accounts(EverySteps):
     @override
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = counted(trainer.datamodule, trainer.world_size)
+        shares = shares_of(pl_module.shares(), trainer.world_size)
         if not trainer.is_global_zero:
             return
         average = pl_module.ema
@@ -53,7 +56,12 @@ class Accounts(EverySteps):
         counts = {f"data/{name}": count for name, count in total.items()}
         if total.get("read"):
             counts["data/empty_caption_share"] = total.get("empty_captions", 0) / total["read"]
+        counts |= {f"data/{name}": share for name, share in shares.items()}
         pl_module.context.tracker.log({**self._place(trainer, pl_module), **decay, **counts})
+        if max(shares.values(), default=0.0) > MOST_CUT and not self._has_warned:
+            self._has_warned = True
+            told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            self.warn(trainer, pl_module, f"captions longer than the conditioner's max_tokens lose their end: {told}")
 
     def _place(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         place = {"stage": pl_module.context.stage, "step": trainer.global_step, "images": pl_module.images_seen}
@@ -66,6 +74,15 @@ def counted(data: LightningDataModule, world_size: int) -> dict[str, float]:
     if world_size > 1:
         dist.all_gather_object(everyones, everyones[0])
     return together(everyones, data.same_on_every_rank)
+
+
+def shares_of(own: Mapping[str, tuple[int, int]], world_size: int) -> dict[str, float]:
+    """Parts of wholes over all ranks, which call it together; without those of nothing."""
+    everyones = [own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(everyones, own)
+    sums = {name: [sum(one[name][i] for one in everyones) for i in range(2)] for name in own}
+    return {name: part / whole for name, (part, whole) in sums.items() if whole}
 
 
 def together(accounts: Sequence[Mapping[str, float]], same: Collection[str]) -> dict[str, float]:

@@ -38,6 +38,13 @@ class EverySteps(Callback, ABC):
         if step % self.every_steps == 0 or step == trainer.max_steps:
             self.act(trainer, pl_module)
 
+    def warn(self, trainer: Trainer, pl_module: LightningModule, line: str) -> None:
+        """On the terminal, and as an event of the run. For the rank that writes rows."""
+        context = pl_module.context
+        print(f"warning: {context.stage}: {line}", flush=True)
+        place = {"stage": context.stage, "step": trainer.global_step}
+        context.tracker.log({**place, "event": "warning", "warning": f"{context.stage}: {line}"})
+
     @abstractmethod
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is done then."""

@@ -96,13 +96,9 @@ class Log(EverySteps):
             self.act(trainer, pl_module)
         share = self.summary()["looking"]["share"]
         if trainer.is_global_zero and share > MOST_LOOKING and self._elapsed_seconds() > SHORT_SECONDS:
-            context = pl_module.context
             told = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self._looking_seconds.items())
-            line = f"{context.stage}: looking took {share:.1%} of the time ({told}); raise callback.*.every_steps"
-            print(f"warning: {line}", flush=True)
-            context.tracker.log(
-                {"stage": context.stage, "step": trainer.global_step, "event": "warning", "warning": line}
-            )
+            line = f"looking took {share:.1%} of the time ({told}); raise callback.*.every_steps"
+            self.warn(trainer, pl_module, line)
 
     @override
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:

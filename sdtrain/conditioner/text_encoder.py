@@ -74,6 +74,10 @@ class TextEncoder(nn.Module, ABC):
             raise RuntimeError("prepare() gives the conditioner its tokenizer first")
         return self.tokens(captions)
 
+    def cut_captions(self) -> tuple[int, int]:
+        """Of the different captions that this process has tokenized: how many are longer than max_tokens, and all."""
+        return self.tokens.num_cut, self.tokens.num_read
+
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
         """A batch's captions; with a draw, some of them dropped."""
         captions, device = batch["caption"], self.encoder.device

@@ -69,20 +69,31 @@ class Tokens:
     Args:
         tokenizer: of transformers, with marks for the end and for padding.
         max_tokens: captions are cut or padded to this, so that a sample's condition does not depend on its batch.
+
+    `num_read` is how many different captions it was given, `num_cut` how many of those are longer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self._known: dict[str, list[int]] = {}  # without padding
+        self.num_read = self.num_cut = 0
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, max_tokens) int64, and which of them are no padding, bool."""
         if len(self._known) > _MAX_REMEMBERED:
             self._known.clear()
         for text in set(captions) - self._known.keys():
-            self._known[text] = self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids
+            self._known[text] = self._read(text)
         lines = [self._known[text] for text in captions]
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([line + [pad] * (self.max_tokens - len(line)) for line in lines])
         lengths = torch.tensor([len(line) for line in lines])
         return ids, torch.arange(self.max_tokens) < lengths[:, None]  # (B, L), (B, L)
+
+    def _read(self, text: str) -> list[int]:
+        self.num_read += 1
+        whole = self.tokenizer(text, verbose=False).input_ids
+        if len(whole) <= self.max_tokens:
+            return whole
+        self.num_cut += 1
+        return self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids  # it still ends

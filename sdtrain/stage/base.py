@@ -65,6 +65,10 @@ class Stage(L.LightningModule):
         every = {id(p): p for module in everything(self) for p in module.parameters(recurse=False)}
         return learned, sum(map(num_values, every.values())) - sum(learned.values())
 
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """What this process counted of its data beside the loader: a part and the whole, by name."""
+        return {}
+
     @property
     def images_seen(self) -> int:
         """Images over all ranks and micro-batches, up to the last optimizer step."""

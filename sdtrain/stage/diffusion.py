@@ -68,6 +68,12 @@ class DiffusionStage(Stage):
         named = {"model": self.model.parameters(), "conditioner": self.conditioner.parameters()}
         return {name: [p for p in parameters if p.requires_grad] for name, parameters in named.items()}
 
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """The captions that each text encoder had to cut; where there are several, by its name."""
+        readers = {path: part for path, part in self.conditioner.named_modules() if hasattr(part, "cut_captions")}
+        names = {path: f"/{path.rpartition('.')[2]}" if len(readers) > 1 else "" for path in readers}
+        return {f"cut_caption_share{names[path]}": part.cut_captions() for path, part in readers.items()}
+
     def latents(self, batch: Batch, draw: Draw) -> Tensor:
         """(B, C, h, w) whitened: a draw from the cached or freshly encoded posterior."""
         if "latent" in batch:

@@ -57,20 +57,26 @@ def test_restarts_are_counted_by_stage_from_what_was_written(tmp_path):
     average = SimpleNamespace(profiles=[Exponential(0.5)], num_updates=100)
     data = SimpleNamespace(accounting=lambda: {"read": 8, "replaced/corrupt": 1}, same_on_every_rank=())
     trainer = SimpleNamespace(is_global_zero=True, global_step=5, world_size=1, datamodule=data)
-    stage = SimpleNamespace(context=context, images_seen=20, ema=average)
+    shares = {"cut_caption_share/clip": (0, 8), "cut_caption_share/t5": (2, 8), "of nothing": (0, 0)}
+    stage = SimpleNamespace(context=context, images_seen=20, ema=average, shares=lambda: shares)
     accounts = Accounts(every_steps=1)
     accounts.on_train_start(trainer, stage)
     accounts.act(trainer, stage)
-    begun, row = read_rows(path)[-2:]
+    accounts.act(trainer, stage)
+    begun, row, warning, again = read_rows(path)[-4:]
+    assert warning["event"] == "warning"
+    assert warning["warning"].endswith("lose their end: cut_caption_share/clip 0.0%, cut_caption_share/t5 25.0%")
+    assert "event" not in again  # it is told once
     assert (begun["event"], begun["step"], begun["restarts"], begun["world_size"]) == ("start", 5, 2, 1)
     assert {key: row[key] for key in list(row)[:-1]} == {
         **{"stage": "diffusion", "step": 5, "images": 20, "restarts": 2, "ema_decay": 0.5},
         **{"data/read": 8, "data/replaced/corrupt": 1, "data/empty_caption_share": 0.0},
+        **{"data/cut_caption_share/clip": 0.0, "data/cut_caption_share/t5": 0.25},
     }
     trainer.is_global_zero = False
     accounts.on_train_start(trainer, stage)
     accounts.act(trainer, stage)
-    assert len(read_rows(path)) == 8  # as before
+    assert len(read_rows(path)) == 10  # as before
 
 
 def test_counts_of_processes_add_up_and_those_of_the_run_do_not():
@@ -95,7 +101,9 @@ counts = [{"read": 8, "epoch": 0.25}, {"read": 5, "replaced/corrupt": 1, "epoch"
 data = SimpleNamespace(accounting=lambda: counts, same_on_every_rank=("epoch",))
 context = SimpleNamespace(stage="diffusion", tracker=SimpleNamespace(log=print))
 trainer = SimpleNamespace(is_global_zero=rank == 0, global_step=5, world_size=2, datamodule=data)
-Accounts(every_steps=1).act(trainer, SimpleNamespace(context=context, images_seen=20, ema=None))
+shares = {"cut_caption_share": (rank, 200)}
+stage = SimpleNamespace(context=context, images_seen=20, ema=None, shares=lambda: shares)
+Accounts(every_steps=1).act(trainer, stage)
 dist.destroy_process_group()
 """
 
@@ -120,6 +128,7 @@ def test_two_processes_tell_their_sum_once(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     place = {"stage": "diffusion", "step": 5, "images": 20, "restarts": 0}
     wanted = {**place, "data/read": 13, "data/epoch": 0.25, "data/replaced/corrupt": 1, "data/empty_caption_share": 0.0}
+    wanted |= {"data/cut_caption_share": 1 / 400}
     assert (ast.literal_eval(said[0]), said[1]) == (wanted, "")
 
 

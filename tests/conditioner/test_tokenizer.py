@@ -106,6 +106,13 @@ def test_captions_are_cut_and_padded_to_one_length(tokenizer):
     assert mask[0].tolist() == [True] * 6 + [False] * 6
 
 
+def test_what_is_cut_is_counted(tokenizer):
+    tokens = Tokens(tokenizer, 6)
+    tokens(["a big red star", "a big red star", "a big red star star", ""])  # 6 with both marks, 7, 2
+    tokens(["a big red star star"])
+    assert (tokens.num_cut, tokens.num_read) == (1, 3)
+
+
 def test_padding_is_the_tokenizers_own(tokenizer):
     ids, mask = Tokens(tokenizer, 12)(CAPTIONS + STRANGE)
     own = tokenizer(CAPTIONS + STRANGE, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
