@@ -14,25 +14,18 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sdtrain.agreement import STAGES, check_agreement
 from sdtrain.errors import ConfigError
-from sdtrain.target import ROOMS, check_allowed, check_node, nearest, parts, read_signature
+from sdtrain.target import ROOMS, check_allowed, check_node, nearest, parts
 
-STAGES = ("autoencoder", "diffusion")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 RESUMES = ("auto", "must", "never")
 # Keys of parts that name what must be there before a run. The perceptual loss says itself which files it wants.
 SOURCES = {"data.shards", "data.val", "first_stage.weights", "model.weights"}
-# Keys of a conditioner that say how many classes it gives the denoiser, by number, from 0 on.
-COUNTS_OF_CLASSES = ("num_class_embeds", "max_noise_level")
-PLAIN = {"crop": "center", "flip": False}  # views that are the same each time
 LEAST_FREE_BYTES = 64 * 2**20
 MOST_SEED = 2**32 - 1  # numpy takes no larger one
 SHARDING, SHARDED = "sdtrain.strategy.deepspeed.DeepSpeed", "sdtrain.optim.adamw.AdamW"
-SEQUENTIAL, LATENTS = "sdtrain.data.sequential.SequentialDataModule", "sdtrain.data.latents.LatentDataModule"
-CHECKPOINT, EVALUATE = "sdtrain.callback.checkpoint.Checkpoint", "sdtrain.callback.evaluate.Evaluate"
-OF_PAIRS = "sdtrain.metric.reconstruction.reconstruction"
-OF_SETS = "sdtrain.metric.distribution.Distribution"
 
 
 def check(cfg: DictConfig) -> None:
@@ -48,13 +41,7 @@ def check(cfg: DictConfig) -> None:
         if section is not None:
             check_trainer(resolved, path, OmegaConf.to_container(section, resolve=True))
             check_sharding(resolved, path, OmegaConf.to_container(section, resolve=True))
-    check_objectives(resolved)
-    check_num_steps(resolved["objective"])
-    check_classes(resolved)
-    check_cache(resolved)
-    check_latents(resolved)
-    for stage in resolved["stages"]:
-        check_best(stage, resolved[stage])
+    check_agreement(resolved)
     for path, node in parts(resolved):
         check_node(path, node)
         if path.partition(".")[0] not in STAGES or path.partition(".")[0] in resolved["stages"]:
@@ -209,114 +196,6 @@ def check_slot(path: str, name: str, value: Any, is_optional: bool, is_listed: b
     check_allowed(value["_target_"], path)
     if name in ROOMS and value["_target_"].split(".")[1] != name:
         raise ConfigError(f"{path}._target_ '{value['_target_']}' is no part of sdtrain/{name}/")
-
-
-def check_objectives(cfg: dict[str, Any]) -> None:
-    """Three places take parts of the room `objective`; each takes another kind, told by its methods."""
-    for path, node, wanted, unwanted, what in (
-        ("objective", cfg["objective"], "to_x0", "", "the diffusion stage's objective"),
-        (
-            "autoencoder.objective",
-            cfg["autoencoder"]["objective"],
-            "loss",
-            "to_x0",
-            "the autoencoder stage's objective",
-        ),
-        ("diffusion.decoded", cfg["diffusion"]["decoded"], "forward", "loss", "a loss on decoded pictures"),
-    ):
-        methods = read_signature(node["_target_"], path).methods if node else {wanted}
-        if wanted not in methods or unwanted in methods:
-            spelled = path if path == "objective" else f"objective@{path}"
-            raise ConfigError(f"{path}: {node['_target_']} is not {what}; choose one with {spelled}=NAME")
-
-
-def check_num_steps(objective: dict[str, Any]) -> None:
-    """Discrete timesteps are drawn from as many as the path has."""
-    path, timestep = objective.get("path"), objective.get("timestep")
-    counts = [node.get("num_steps") if isinstance(node, dict) else None for node in (path, timestep)]
-    if None not in counts and counts[0] != counts[1]:
-        raise ConfigError(
-            f"objective.timestep.num_steps={counts[1]} and objective.path.num_steps={counts[0]} must be the same"
-        )
-
-
-def check_classes(cfg: dict[str, Any]) -> None:
-    """The denoiser's table has a row for every class that the conditioner can name."""
-    model = cfg["model"]
-    if model.get("class_embed_type") in ("timestep", "identity"):
-        return  # computes from the number itself
-    num_rows = model.get("num_class_embeds") or 0
-    has_table = "num_class_embeds" in read_signature(model["_target_"], "model").arguments
-    for path, node in parts(cfg["conditioner"], "conditioner"):
-        for key in (key for key in COUNTS_OF_CLASSES if (node.get(key) or 0) > num_rows):
-            if not has_table:
-                name = model["_target_"].rpartition(".")[2]
-                raise ConfigError(
-                    f"{path}: it gives class labels, and {name} has no table for them;"
-                    f" write model=unet +model.num_class_embeds={node[key]}"
-                )
-            raise ConfigError(
-                f"{path}.{key}={node[key]}: the labels go up to {node[key] - 1}, and the model's table has "
-                f"{num_rows or 'no'} rows (model.num_class_embeds={model.get('num_class_embeds', 'null')}); write "
-                f"{'' if 'num_class_embeds' in model else '+'}model.num_class_embeds={node[key]}, or lower {path}.{key}"
-            )
-
-
-def check_cache(cfg: dict[str, Any]) -> None:
-    """Latents in memory are of one square of each picture."""
-    key = "diffusion.data" if cfg["diffusion"]["data"] else "data"
-    data = cfg["diffusion"]["data"] or cfg["data"]
-    reader = data.get("reader") or {}
-    if data["_target_"] == SEQUENTIAL and cfg["diffusion"]["cache_latents"] and "diffusion" in cfg["stages"]:
-        raise ConfigError(
-            "diffusion.cache_latents: shards that are read in sequence have no list of samples; set "
-            "diffusion.cache_latents=false, or index the shards and use data=webdataset"
-        )
-    asked = [f"{key}.buckets"] if data.get("buckets") else []
-    asked += [f"{key}.reader.{name}={reader[name]}" for name in PLAIN if reader.get(name, PLAIN[name]) != PLAIN[name]]
-    if asked and cfg["diffusion"]["cache_latents"] and "diffusion" in cfg["stages"]:
-        raise ConfigError(
-            f"diffusion.cache_latents: latents in memory are of one square of each picture, and {asked[0]} asks for"
-            " others; set diffusion.cache_latents=false"
-        )
-
-
-def check_latents(cfg: dict[str, Any]) -> None:
-    """Latents on disk are of a finished first stage, and not of one that is still to be trained."""
-    key = "diffusion.data" if cfg["diffusion"]["data"] else "data"
-    data = cfg["diffusion"]["data"] or cfg["data"]
-    is_made = Path(cfg["output_dir"], "autoencoder", "manifest.json").is_file()
-    if data["_target_"] == LATENTS and cfg["stages"] == [*STAGES] and not is_made:
-        raise ConfigError(
-            f"{key}: these latents are of a first stage that is done, and stage 1 would train another one; write "
-            "stages=[diffusion] first_stage.weights=RUN/autoencoder"
-        )
-
-
-def check_best(stage: str, section: dict[str, Any]) -> None:
-    """What checkpoints are kept by is measured while the stage trains."""
-    nodes = {key: node for key, node in section["callback"].items() if node}
-    for key, node in nodes.items():
-        metric = (node.get("keep_best") or {}).get("metric") if node["_target_"] == CHECKPOINT else None
-        path, known = f"{stage}.callback.{key}.keep_best", figures_of(stage, section["metric"])
-        if metric is not None and not any(other["_target_"] == EVALUATE for other in nodes.values()):
-            raise ConfigError(f"{path}: nothing is measured without {stage}.callback.evaluate; set {path}=null")
-        if metric is not None and known and metric.replace("val_raw/", "val/").partition("_at/")[0] not in known:
-            raise ConfigError(
-                f"{path}.metric={metric} is not measured here; there are {', '.join(known)}{nearest(metric, known)}"
-            )
-
-
-def figures_of(stage: str, metric: dict[str, Any]) -> list[str]:
-    """What a stage measures of held-out samples while it trains; empty where a part that is not ours says it."""
-    name, ours = ("reconstruction", OF_PAIRS) if stage == "autoencoder" else ("distribution", OF_SETS)
-    node = metric.get(name) or {}
-    if node.get("_target_", ours) != ours:
-        return []
-    names = ["loss"] if stage == "autoencoder" else ["loss", "x0_error", *node.get("metric", ())]
-    names += ["psnr", "ssim", "l1", "out_of_range"] if node.get("_target_") == OF_PAIRS else []
-    names += ["precision", "recall"] if "precision_recall" in names else []
-    return [f"val/{name}" for name in names]
 
 
 def check_sources(path: str, node: dict[str, Any], directory: Path) -> None:

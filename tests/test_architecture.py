@@ -20,7 +20,7 @@ GROUND = {"contracts", "errors", "diffusion", "layer", "ops"}
 FIRST = {"objective", "model", "first_stage", "conditioner", "sampler", "data", "metric", "optim", "checkpoint"}
 SECOND = {"stage", "callback", "strategy", "tracker"}
 ROOF = {"__main__", "run", "session", "interop", "config", "preflight", "target", "build", "continuation", "sweep"}
-ROOF |= {"plan", "trainer"}
+ROOF |= {"agreement", "plan", "trainer"}
 FLOORS = [GROUND, FIRST, SECOND, ROOF]
 EVERYONES = {"contracts", "errors"}  # what all rooms meet in, their own floor included
 LIGHTNING_ROOMS = SECOND | {"run", "session", "trainer"}
@@ -186,7 +186,7 @@ def _uses(function: ast.FunctionDef, name: str) -> tuple[set[str], bool]:
     return stored, bool(loads - storing)
 
 
-CHECKERS = {"config.py", "preflight.py", "target.py", "continuation.py", "sweep.py", "build.py"}
+CHECKERS = {"config.py", "preflight.py", "agreement.py", "target.py", "continuation.py", "sweep.py", "build.py"}
 
 
 def unread_fields(root: Path) -> list[str]:

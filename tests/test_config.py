@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from sdtrain.agreement import STAGES, figures_of
 from sdtrain.build import build
 from sdtrain.config import load_config
 from sdtrain.continuation import check_continuation, compare, config_hash, resolve_and_redact
 from sdtrain.errors import ConfigError
-from sdtrain.preflight import STAGES, figures_of
 from sdtrain.target import check_node
 
 SMOKE = "+experiment=smoke"
@@ -114,6 +114,15 @@ WRONG = [
         "conditioner.parts.image.max_noise_level=350: the labels go up to 349, and the model's table has 349 rows "
         "(model.num_class_embeds=349); write model.num_class_embeds=350",
     ),
+    (
+        ["conditioner.dropout=0"],
+        "scale=3.0 moves away from the null condition, and with conditioner.dropout=0 no sample teaches "
+        "it; set conditioner.dropout=0.1, or sampler.guidance.scale=1",
+    ),
+    (
+        ["conditioner=editing", "conditioner.parts.text.dropout=0", "conditioner.parts.image.dropout=0"],
+        "with conditioner.parts.text.dropout=0, conditioner.parts.image.dropout=0 no sample",
+    ),
     (["autoencoder.objective=autoencoding"], "write objective@autoencoder.objective=NAME"),
     (["objective@autoencoder.objective=epsilon"], "Denoising is not the autoencoder stage's objective"),
     (["objective=autoencoding"], "Autoencoding is not the diffusion stage's objective"),
@@ -176,6 +185,21 @@ def test_a_wrong_command_ends_in_one_line_with_the_key_and_the_fix(typed: list[s
     message = fault([SMOKE, *typed] if not typed[0].startswith("experiment=") else typed)
     assert expected in message.splitlines()[0]
     assert "sk-123" not in message
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["conditioner.dropout=0", "sampler.guidance.scale=1"],
+        ["conditioner.dropout=0", "stages=[autoencoder]"],
+        ["conditioner.dropout=0", "model.weights=/tmp"],  # which know the null condition
+        ["conditioner=editing", "conditioner.parts.text.dropout=0"],
+        ["conditioner=none"],
+    ],
+    ids=" ".join,
+)
+def test_guidance_where_the_null_condition_is_taught_or_not_asked_for(typed: list[str]) -> None:
+    load_config([SMOKE, *typed])
 
 
 @pytest.mark.parametrize(
