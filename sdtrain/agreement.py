@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from sdtrain.errors import ConfigError
 from sdtrain.target import nearest, parts, read_signature
 
@@ -28,6 +30,26 @@ def check_agreement(cfg: dict[str, Any]) -> None:
     check_latents(cfg)
     for stage in cfg["stages"]:
         check_best(stage, cfg[stage])
+
+
+def doubts(cfg: DictConfig) -> list[str]:
+    """What may be meant, and would train on without a word: a line each."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    sections = {stage: values[stage] for stage in values["stages"]}
+    if recognition := sections.get("autoencoder", {}).get("recognition"):
+        sections["autoencoder.recognition"] = recognition
+    found = []
+    for path, section in sections.items():
+        warmup, last = section["optim"].get("warmup_steps") or 0, section["trainer"]["max_steps"]
+        if warmup > last:
+            found.append(f"{path}.optim.warmup_steps={warmup}: the rate still rises at the last step, {last}")
+        objective = section.get("objective") or {}
+        start = objective.get("adversarial_start") or 0
+        if start >= last and objective.get("discriminator") and objective.get("adversarial_weight"):
+            found.append(
+                f"{path}.objective.adversarial_start={start}: the adversary enters after the last step, {last}"
+            )
+    return found
 
 
 def check_objectives(cfg: dict[str, Any]) -> None:

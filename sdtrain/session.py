@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
+from sdtrain.agreement import doubts
 from sdtrain.build import build
 from sdtrain.callback import ending
 from sdtrain.callback.accounts import counted
@@ -89,9 +90,9 @@ class Session:
         write_config(self.directory, cfg)
         rows = JsonlTracker(self.directory / "metrics.jsonl")
         self.tracker = Fanout(rows, [build(cfg.tracker)])
-        for change in [*changes, *self._note_code(rows)]:  # no stage has begun, so mirrors have no run yet
-            print(f"warning: {change}", flush=True)
-            rows.log({"event": "warning", "warning": change})
+        for line in [*doubts(cfg), *changes, *self._note_code(rows)]:  # no stage has begun: mirrors have no run yet
+            print(f"warning: {line}", flush=True)
+            rows.log({"event": "warning", "warning": line})
 
     def _note_code(self, rows: JsonlTracker) -> list[str]:
         """Writes down what code runs; a warning where it is not what ran here before."""

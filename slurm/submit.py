@@ -25,6 +25,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from sdtrain.agreement import doubts
 from sdtrain.config import ClusterConfig, load_config
 from sdtrain.continuation import check_continuation, config_text, write_config
 from sdtrain.errors import ConfigError
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         runs = compose(options.overrides, options.array, options.config_dir)
         home = Path(os.path.commonpath([run.directory for run in runs])) / "slurm"
         scripts = {stage: render(runs, stage, home, options.config_dir) for stage in runs[0].cfg.stages}
+        for line in dict.fromkeys(line for run in runs for line in doubts(run.cfg)):
+            print(f"warning: {line}", file=sys.stderr)
         if options.dry_run:
             print("\n".join(scripts.values()), end="")
             return 0

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
+from sdtrain.agreement import doubts
 from sdtrain.config import ROOT_KEYS, load_config
 from sdtrain.errors import ConfigError
 
@@ -318,7 +319,7 @@ def composed(*typed: str) -> DictConfig:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_passes_the_preflight(name: str) -> None:
-    composed(f"+experiment={name}")
+    assert doubts(composed(f"+experiment={name}")) == []
 
 
 @pytest.mark.parametrize("debug", DEBUGS)

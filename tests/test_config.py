@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from sdtrain.agreement import STAGES, figures_of
+from sdtrain.agreement import STAGES, doubts, figures_of
 from sdtrain.build import build
 from sdtrain.config import load_config
 from sdtrain.continuation import check_continuation, compare, config_hash, resolve_and_redact
@@ -200,6 +200,20 @@ def test_a_wrong_command_ends_in_one_line_with_the_key_and_the_fix(typed: list[s
 )
 def test_guidance_where_the_null_condition_is_taught_or_not_asked_for(typed: list[str]) -> None:
     load_config([SMOKE, *typed])
+
+
+def test_what_trains_on_without_a_word_is_told() -> None:
+    typed = ["autoencoder.optim.warmup_steps=13", "diffusion.optim.warmup_steps=12"]
+    assert doubts(load_config([SMOKE, *typed, "autoencoder.objective.adversarial_start=12"])) == [
+        "autoencoder.optim.warmup_steps=13: the rate still rises at the last step, 12",
+        "autoencoder.objective.adversarial_start=12: the adversary enters after the last step, 12",
+    ]
+    never = ["autoencoder.objective.adversarial_start=12", "autoencoder.objective.adversarial_weight=0"]
+    assert doubts(load_config([SMOKE, *never])) == []
+    assert doubts(load_config([SMOKE, "autoencoder.recognition.optim.warmup_steps=5"])) == [
+        "autoencoder.recognition.optim.warmup_steps=5: the rate still rises at the last step, 4"
+    ]
+    assert doubts(load_config([SMOKE, "diffusion.optim.warmup_steps=13", "stages=[autoencoder]"])) == []
 
 
 @pytest.mark.parametrize(

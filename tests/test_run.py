@@ -395,7 +395,7 @@ def test_accumulation_changes_the_memory_and_not_the_weights(train, whole, tmp_p
         found.append(load_file(run / "diffusion" / "checkpoints" / "step_00000003" / "model.safetensors"))
     differences = torch.cat([(found[0][name] - found[1][name]).abs().flatten() for name in found[0]])
     assert 0 < differences.mean() < 1e-8
-    assert differences.max() < 1e-4  # where a gradient is all but 0, Adam takes its rounding for a direction
+    assert differences.max() < 1e-3  # where a gradient is all but 0, Adam takes its rounding for a step of the rate
 
 
 def test_a_loss_that_is_no_number_ends_with_76_and_is_not_saved(train, tmp_path):
