@@ -51,7 +51,7 @@ def run(cfg: DictConfig) -> int:
             if name in done:
                 print(f"{name}: finished before, not repeated", flush=True)
             else:
-                with session.told_of_memory(name):
+                with session.told_plainly(name):
                     stages[name](session)
         if session.is_first:
             print(f"\nreport  {write_report(session.directory)}\nnext    {next_command(session)}", flush=True)

@@ -226,15 +226,19 @@ class Session:
                 self._claim.close()
 
     @contextmanager
-    def told_of_memory(self, name: str) -> Iterator[None]:
-        """Where a stage runs out of memory, one line says what to lower.
+    def told_plainly(self, name: str) -> Iterator[None]:
+        """Where a stage runs out of memory, one line says what to lower; where torch cannot compile it, what to set.
 
         Raises:
-            RunError: with that line, in place of the allocator's error.
+            RunError: with that line, in place of the allocator's or the compiler's error.
         """
         try:
             yield
         except (RuntimeError, MemoryError) as error:
+            if is_compilers(error):
+                first_line = str(error).splitlines()[0]
+                told = f"{name}.compile: torch cannot compile this network at its shapes and precision ({first_line})"
+                raise RunError(f"{told}; set {name}.compile=false, or other widths", 1) from error
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # lets go of what they hold: the advice needs some, too
@@ -253,6 +257,11 @@ class Session:
         except Exception:  # whatever goes wrong without memory, it is the run's end that is told
             section = "autoencoder.recognition" if stage == "recognition" else stage
             return f"lower {section}.trainer.batch_size, or raise {section}.trainer.num_accumulate, which keeps it"
+
+
+def is_compilers(error: BaseException) -> bool:
+    """Whether torch.compile failed, of which nothing is imported here: that takes a second."""
+    return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

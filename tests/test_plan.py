@@ -368,6 +368,29 @@ def test_a_planted_cuda_error_ends_the_run_in_one_line(train, tmp_path, monkeypa
     assert end == {"exit_code": 1, "reason": said}
 
 
+def test_what_torch_cannot_compile_ends_the_run_in_one_line(train, tmp_path, monkeypatch):
+    """The guard: a thousand lines of the C++ compiler's, of bfloat16 and a width of 40 for one."""
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    from sdtrain.stage.diffusion import DiffusionStage
+
+    step = DiffusionStage.training_step
+
+    def fail(self, batch, batch_idx):
+        if self.trainer.global_step == 0:
+            raise InductorError(CppCompileError(["g++"], "error: conflicting declaration\n" * 1000), None)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DiffusionStage, "training_step", fail)
+    with pytest.raises(RunError) as caught:
+        train(tmp_path / "run", "autoencoder.trainer.max_steps=1", "autoencoder.recognition=null", *PLAIN)
+    said = str(caught.value)
+    assert said.startswith("diffusion.compile: torch cannot compile this network at its shapes and precision (")
+    assert said.endswith("; set diffusion.compile=false, or other widths")
+    assert "\n" not in said
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"exit_code": 1, "reason": said}
+
+
 def test_another_error_stays_as_it_is(train, tmp_path, monkeypatch):
     from sdtrain.stage.autoencoder import AutoencoderStage
 
