@@ -75,8 +75,10 @@ class TextEncoder(nn.Module, ABC):
         return self.tokens(captions)
 
     def cut_captions(self) -> tuple[int, int]:
-        """Of the different captions that this process has tokenized: how many are longer than max_tokens, and all."""
-        return self.tokens.num_cut, self.tokens.num_read
+        """Of the different captions that this process has tokenized: how many are longer than max_tokens, and all. What
+        reads stored states knows of none.
+        """
+        return (0, 0) if self.reads_stored else (self.tokens.num_cut, self.tokens.num_read)
 
     def forward(self, batch: Batch, draw: Draw | None = None) -> Conditioning:
         """A batch's captions; with a draw, some of them dropped."""

@@ -70,7 +70,7 @@ class Tokens:
         tokenizer: of transformers, with marks for the end and for padding.
         max_tokens: captions are cut or padded to this, so that a sample's condition does not depend on its batch.
 
-    `num_read` is how many different captions it was given, `num_cut` how many of those are longer.
+    `num_read` is how many different captions it was given that say something, `num_cut` how many of those are longer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
@@ -91,7 +91,7 @@ class Tokens:
         return ids, torch.arange(self.max_tokens) < lengths[:, None]  # (B, L), (B, L)
 
     def _read(self, text: str) -> list[int]:
-        self.num_read += 1
+        self.num_read += text != ""
         whole = self.tokenizer(text, verbose=False).input_ids
         if len(whole) <= self.max_tokens:
             return whole

@@ -46,6 +46,25 @@ class Half(nn.Module):
         return self.scale * x + time.view(-1, 1, 1, 1) / 2000
 
 
+class Reader(nn.Module):
+    """What reads captions."""
+
+    def cut_captions(self):
+        return 1, 4
+
+
+def test_captions_that_are_cut_are_told_by_the_name_of_their_reader():
+    several = nn.Module()
+    several.parts = nn.ModuleDict({"clip": nn.ModuleDict({"clip_l": Reader()}), "t5": Reader(), "size": nn.Identity()})
+    for conditioner, names in (
+        (several, ("/clip_l", "/t5")),
+        (nn.ModuleDict({"text": Reader()}), ("",)),
+        (Nothing(), ()),
+    ):
+        told = DiffusionStage.shares(SimpleNamespace(conditioner=conditioner))
+        assert told == {f"cut_caption_share{name}": (1, 4) for name in names}
+
+
 def make(num, seed=0, rank=0, world=1, reduce=None):
     objective = Denoising(RectifiedFlow(), "velocity", Uniform(), Unit())
     context = Context("diffusion", None, None, None, seed, 8, 10)

@@ -194,12 +194,20 @@ def test_several_text_encoders_are_read_together(tool, first_stage, shards, save
         assert not is_masked or torch.equal(expected["context_mask"], told["context_mask"])
     for part in stored.parts.values():
         part.encoder.forward = None  # none is asked again
+        assert part.cut_captions() == (0, 0)  # the tool told it
+    assert all(part.cut_captions()[1] > 1 for part in online.parts.values())
     stored(batch)
     with pytest.raises(ConfigError, match="another text encoder .*: max_tokens is 14 there, 9 here"):
         use_stored_text(conditioner(max_tokens=9), module())
     alone, data = Composite({"two": conditioner().parts["two"]}, width=16, pooled_width=16), module()
     use_stored_text(alone, data)
     assert sum(key.startswith("text_states/") for key in next(iter(data.train_dataloader()))) == 1  # no more is read
+
+
+def test_captions_that_are_cut_are_told(tool, first_stage, shards, save_clip, tmp_path):
+    asked = [first_stage, shards, "--out", tmp_path / "out", "--size", 16, "--text", save_clip(), "--text-tokens"]
+    assert "48 of 48 captions are longer than --text-tokens 3 and lose their end" in tool(*asked, 3)[1]
+    assert "lose their end" not in tool(*asked, 20)[1]
 
 
 @pytest.mark.slow
