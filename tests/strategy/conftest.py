@@ -25,7 +25,7 @@ for stage in STAGES:
 ACCUMULATE = [f"{stage}.trainer.num_accumulate=2" for stage in STAGES]
 KINDS = {
     "one": [],
-    "control": [],  # by `reordered.py`: another order of summation, and nothing else
+    **{f"control_{seed}": [] for seed in (1, 2, 3)},  # by `reordered.py`: another order of summation, and nothing else
     "accumulate": ACCUMULATE,
     "ddp": ["devices=2", "strategy=ddp"],
     "zero1": ["devices=2", "strategy=deepspeed_zero1"],
@@ -63,12 +63,12 @@ class Outcome:
 
 @pytest.fixture(scope="session")
 def train_in_processes(command):
-    """train_in_processes(directory, *overrides) -> what came of it; `script` in place of `-m sdtrain`."""
+    """train_in_processes(directory, *overrides) -> what came of it; the words of `script` in place of `-m sdtrain`."""
 
-    def train(directory, *overrides, script=None):
+    def train(directory, *overrides, script=("-m", "sdtrain")):
         # Lightning's launcher leaves these in the environment of whoever ran a fit in this process.
         arguments, options = command(directory, *TRAINING, *overrides)
-        arguments[1:3] = arguments[1:3] if script is None else [script]
+        arguments[1:3] = script
         options["env"] = {k: v for k, v in options["env"].items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
         process = subprocess.Popen(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options
@@ -103,7 +103,7 @@ def outcome(train_in_processes, tmp_path_factory):
             if stage == "diffusion":
                 shutil.copytree(get("one", "autoencoder").directory, directory)
             overrides = [f"stages=[{stage}]", f"{stage}.trainer.max_steps={NUM_STEPS}", *KINDS[kind]]
-            script = REORDERED if kind == "control" else None
+            script = [REORDERED, kind[-1]] if kind.startswith("control") else ["-m", "sdtrain"]
             done[kind, stage] = train_in_processes(directory, *overrides, script=script)
         return done[kind, stage]
 

@@ -7,6 +7,7 @@ pytestmark = pytest.mark.slow
 
 BOTH = ["accumulate", "ddp", "zero1", "zero2_accumulate", "zero2_offload"]
 CASES = [(kind, stage) for stage in ("autoencoder", "diffusion") for kind in BOTH] + [("zero3", "diffusion")]
+CONTROLS = ["control_1", "control_2", "control_3"]
 PARTS = {"autoencoder": ["first_stage", "discriminator"], "diffusion": ["model", "conditioner"]}
 
 every_case = pytest.mark.parametrize(("kind", "stage"), CASES)
@@ -25,8 +26,10 @@ def test_the_first_gradients_are_the_same(outcome, kind, stage):
 @every_case
 def test_thirty_losses_are_the_same(outcome, kind, stage):
     one = outcome("one", stage).losses(stage)
-    control, found = (distance(outcome(k, stage).losses(stage), one) for k in ("control", kind))
-    print(f"{stage}, {kind}: 30 losses differ by {found:.1e}; in another order of summation by {control:.1e}")
+    # One order of summation alone tells little: those of an autoencoder differ by 3e-8 to 2e-6 after its adversary.
+    control = max(distance(outcome(k, stage).losses(stage), one) for k in CONTROLS)
+    found = distance(outcome(kind, stage).losses(stage), one)
+    print(f"{stage}, {kind}: 30 losses differ by {found:.1e}; in other orders of summation by up to {control:.1e}")
     assert len(one) == 30
     assert control > 0
     assert found < min(10 * control, 1e-3)

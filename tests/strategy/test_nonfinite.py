@@ -48,7 +48,7 @@ def test_as_on_one_process(train_here, train_in_processes, monkeypatch, tmp_path
         options += [f"{stage}.callback.checkpoint.every_steps=2"]
     monkeypatch.setenv("SDTRAIN_POISON", json.dumps(POISON))
     spread = ["devices=2", *ZERO[policy], "+strategy@diffusion.strategy=deepspeed_zero3"]
-    two = train_in_processes(tmp_path / "two", *options, *spread, script=SCRIPT)
+    two = train_in_processes(tmp_path / "two", *options, *spread, script=[SCRIPT])
     monkeypatch.setattr(Stage, "consumed", runpy.run_path(str(SCRIPT))["poisoned"](Stage.consumed, POISON))
     one = train_here(tmp_path / "one", *options)
     assert found(two) == found(one)
