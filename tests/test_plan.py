@@ -286,6 +286,7 @@ def test_the_configured_strategy_is_the_one_that_is_counted():
     assert strategy_of(load(own), "diffusion") == "deepspeed_zero2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averages", [["decay=0.99"], ["decay=null", "lengths=[0.05,0.1]"]])
 def test_a_checkpoint_is_as_large_as_it_is_said(train, small, tmp_path, averages):
     """Within a twentieth, of a model whose state is more than its file heads."""

@@ -119,7 +119,10 @@ class Loader(DataLoader):
             batches = super().__iter__()
         for batch in batches:
             if isinstance(batch, ConfigError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # or the error holds this frame, and its workers, until a collection that cannot end them
             yield _unpacked(batch) if self.num_workers else batch
 
     def _start_method(self) -> str:

@@ -183,11 +183,14 @@ def test_workers_count_what_they_replace(index):
     assert counts["replaced/not_an_image"] == counts["replaced/caption_not_utf8"] == counts["read"] // 21
 
 
-def test_error_of_a_worker_reads_as_if_it_were_here(make_shards, make_sample):
+def test_error_of_a_worker_reads_as_if_it_were_here_and_ends_it(make_shards, make_sample):
     index = build_index(make_shards([make_sample(number, png=b"no") for number in range(5)]))
     loader = Loader(Stream(Reader(index, 16, num_workers=1), plan_of(index, 2)), 1)
     with pytest.raises(ConfigError, match=r"^data: "):
         next(iter(loader))
+    (worker,) = loader._iterator._workers
+    del loader
+    assert not worker.is_alive()
 
 
 @pytest.mark.slow

@@ -150,6 +150,7 @@ def run(**environment):
     return done.stdout.strip() == "True"
 
 
+@pytest.mark.slow
 def test_no_compiler_is_torchs_way(tmp_path):
     """None on the path; one that fails; a home that cannot be written."""
     assert not run(PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -162,6 +163,7 @@ def test_no_compiler_is_torchs_way(tmp_path):
     assert not run(XDG_CACHE_HOME=str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(kernels.library() is None, reason="no C compiler here")
 def test_it_is_built_once(tmp_path):
     assert run(XDG_CACHE_HOME=str(tmp_path))
