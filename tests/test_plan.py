@@ -370,7 +370,7 @@ def test_a_planted_cuda_error_ends_the_run_in_one_line(train, tmp_path, monkeypa
 
 
 def test_what_torch_cannot_compile_ends_the_run_in_one_line(train, tmp_path, monkeypatch):
-    """The guard: a thousand lines of the C++ compiler's, of bfloat16 and a width of 40 for one."""
+    """The guard: a thousand lines of the C++ compiler's."""
     from torch._inductor.exc import CppCompileError, InductorError
 
     from sdtrain.stage.diffusion import DiffusionStage

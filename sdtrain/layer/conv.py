@@ -25,14 +25,16 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, padded by 1.
 
     On a CPU, where there are no more positions than output channels, it is a product over patches: oneDNN reorders the
-    weights at every call, and then took 1.4 to 2 times as long (`tools/bench/conv.py`).
+    weights at every call, and then took 1.4 to 2 times as long (`tools/bench/conv.py`). Not where it is compiled:
+    of the patches' sums Inductor makes 50,000 lines of C++ a block, and such in bfloat16 as do not compile.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.shape[0] * x.shape[2] * x.shape[3] > self.out_channels:
+        many = x.shape[0] * x.shape[2] * x.shape[3] > self.out_channels
+        if many or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (C', 9 C): a view, as the weights are channels-last
         given = (x.permute(0, 2, 3, 1), weight, self.bias)

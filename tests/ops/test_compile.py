@@ -50,6 +50,25 @@ def test_compiled_and_plain_give_the_same_gradients():
         torch.testing.assert_close(p.grad, plain[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_shortcut_beside_few_positions_compiles_in_bfloat16():
+    """The guard: as a product over patches, the convolution's bias and the shortcut's have one sum for a gradient,
+    which Inductor declares twice.
+    """
+    torch.manual_seed(0)
+    net, x = ResnetBlock(32, 64, groups=4), torch.randn(1, 32, 4, 4)
+    grads = []
+    for _ in ("plain", "compiled"):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        y.float().square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        net.zero_grad()
+        compile_regions(net)
+    plain, compiled = grads
+    assert (plain - compiled).norm() < 0.02 * plain.norm()
+
+
 def test_a_network_without_such_a_block_is_refused():
     with pytest.raises(ConfigError, match="Linear has no block to compile"):
         compile_regions(nn.Linear(2, 2))

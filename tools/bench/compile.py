@@ -2,7 +2,7 @@
 
     python tools/bench/compile.py [--model mmdit|unet] [--precision bf16|fp32] [--rounds 5]
 
-`mmdit` is SD3's depth, 24 blocks, at an eighth of its width; `unet` is SD 2's at a tenth. By region, a block whose
+`mmdit` is SD3's depth, 24 blocks, at a quarter of its width; `unet` is SD 2's at a tenth. By region, a block whose
 like was compiled before costs nothing more, so the bound on a cold start is the share of blocks that are different:
 2 of the MMDiT's 24 (the last has no context to pass on), 18 of the U-Net's 38.
 A step is forward, MSE in float32, backward and AdamW. A process each; the first step's time is without imports.
@@ -45,9 +45,9 @@ def network(model: str) -> nn.Module:
         in_channels=4,
         out_channels=4,
         num_layers=24,
-        num_attention_heads=3,
+        num_attention_heads=6,
         joint_attention_dim=WIDTH,
-        caption_projection_dim=192,
+        caption_projection_dim=384,
         pooled_projection_dim=WIDTH,
         pos_embed_max_size=SIDE // 2,
     )
