@@ -76,7 +76,8 @@ def _index(sender: Connection, address: str, folder: Path | None, is_deep: bool)
             index_shard(address, folder)
         sender.send("")
     except (OSError, ValueError) as error:  # ConfigError is one
-        sender.send(f"{shown(address)}: {error}")
+        said = str(error)
+        sender.send(said if shown(address) in said else f"{shown(address)}: {said}")
 
 
 def _die_with_the_parent() -> None:

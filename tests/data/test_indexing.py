@@ -31,6 +31,7 @@ def test_the_same_as_one_after_the_other(shards, tmp_path):
     failures = index_all([*shards, missing], None, 3, on_done=lambda *done: told.append(done))
     assert list(failures) == [missing]
     assert "No such file" in failures[missing]
+    assert failures[missing].count(missing) == 1
     assert sorted(address for address, _ in told) == sorted([*shards, missing])
     assert all(index_path(shard).is_file() for shard in shards)
     assert build_index(shards).fingerprint == alone.fingerprint

@@ -37,7 +37,6 @@ def network(model: str) -> nn.Module:
     """The same weights in every process."""
     torch.manual_seed(0)
     if model == "unet":
-        # Not 40, an eighth: of that torch 2.13 makes C++ in bfloat16 that does not compile.
         widths = {"block_out_channels": (32, 64, 128, 128), "norm_num_groups": 8, "attention_head_dim": (1, 2, 4, 4)}
         return UNet(**widths, cross_attention_dim=WIDTH, use_linear_projection=True)
     return MMDiT(
