@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sdtrain.data.bucket import Table
+from sdtrain.data.bucket import REASONS, Table
 from sdtrain.data.filter import apply
 from sdtrain.data.index import Index, Rows, build_index, find_shards
 from sdtrain.data.order import Order
@@ -161,9 +161,10 @@ class Corpus:
         has_bucket, counts = table.sort_out(index.side)
         self.counts.update(counts)
         num = int(has_bucket.sum())
+        left_out = {reason: counts.get(f"rejected/{reason}", 0) for reason in REASONS.values()}
+        why = ", ".join(f"{count} by data.buckets.max_{reason}" for reason, count in left_out.items() if count)
         if not num:
-            why = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-            raise ConfigError(f"data.buckets: no picture has a bucket ({why}); look at max_ratio and max_upscale")
+            raise ConfigError(f"no picture has a bucket: {why}")
         if num < len(index):
-            self.notes.append(f"{len(index) - num} of {len(index)} pictures have no bucket and are left out")
+            self.notes.append(f"{len(index) - num} of {len(index)} pictures have no bucket and are left out: {why}")
         return index.subset(has_bucket)

@@ -113,7 +113,7 @@ def test_buckets_from_the_index_and_resumed_on_another_world(wide, capsys):
 
     data = new(4)
     assert sum(data.splits.values()) == 60 - data.accounting()["rejected/ratio"]
-    assert "pictures have no bucket and are left out" in capsys.readouterr().out
+    assert "10 of 54 pictures have no bucket and are left out: 10 by data.buckets.max_ratio" in capsys.readouterr().out
     whole, _ = global_batches(data, 9, 4)
     first, state = global_batches(new(4), 4, 4)
     assert state["buckets.cell"] == 2
@@ -132,7 +132,7 @@ def test_buckets_that_cannot_be_split_so(wide):
     data = module(wide, image_size=32, buckets=Buckets(step=8, max_upscale=1.4, cell=4))
     with pytest.raises(ConfigError, match=r"with 1 ranks num_accumulate may be one of \[2, 4, 8\]"):
         data.train_dataloader()
-    with pytest.raises(ConfigError, match=r"no picture has a bucket \(rejected/ratio \d+, rejected/upscale \d+\)"):
+    with pytest.raises(ConfigError, match=r"bucket: \d+ by data.buckets.max_ratio, \d+ by data.buckets.max_upscale"):
         module(wide, image_size=256, buckets=Buckets(step=64)).setup()
 
 
