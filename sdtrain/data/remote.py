@@ -171,12 +171,14 @@ class _Client:
             status, said = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"]
             _check_status(address, status, said.get("Code", ""))
             raise Transient(said.get("Code", "an error without a code")) from error
+        data, most = bytearray(), end - start + 1
         async with answer["Body"] as body:
-            data = await body.read(end - start + 1)
+            while len(data) < most and (part := await body.read(most - len(data))):  # a part is what has arrived
+                data += part
         if len(data) != end - start:
             raise Transient(f"the server sent {len(data)} bytes, not {end - start}")
         num_bytes = _check_range(answer.get("ContentRange", ""), start, end)
-        return _Answer(data, num_bytes, (answer["ETag"].strip('"'),))
+        return _Answer(bytes(data), num_bytes, (answer["ETag"].strip('"'),))
 
     def _http_session(self) -> Any:
         if self._http is None:

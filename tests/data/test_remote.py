@@ -15,6 +15,7 @@ from sdtrain.data.retry import Retry
 from sdtrain.errors import ConfigError
 
 DATA = bytes(range(256)) * 40
+LARGE = DATA * 300  # 3 MB
 QUICK = Retry(num_tries=3, first_wait_seconds=0.001, max_wait_seconds=0.002)
 
 
@@ -229,6 +230,7 @@ def s3():
     no_one = {**options, "aws_access_key_id": "x", "aws_secret_access_key": "x"}
     boto3.client("s3", **no_one).create_bucket(Bucket="bucket")
     boto3.client("s3", **no_one).put_object(Bucket="bucket", Key="a/x.tar", Body=DATA)
+    boto3.client("s3", **no_one).put_object(Bucket="bucket", Key="a/large.tar", Body=LARGE)
     iam = boto3.client("iam", **no_one)
     iam.create_user(UserName="reader")
     policy = '{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:*","Resource":"*"}]}'
@@ -268,6 +270,14 @@ def test_s3_with_credentials_of_the_environment(environment):
     assert fetch(remote, ADDRESS, version=version) == DATA[100:700]
     with pytest.raises(ConfigError, match="shard_changed"):
         fetch(remote, ADDRESS, version="other")
+
+
+def test_s3_gives_a_range_larger_than_what_arrives_at_once(environment):
+    remote, address = Remote(QUICK, timeout_seconds=20), "s3://bucket/a/large.tar"
+    answer = remote.fetch(address, 1, len(LARGE) - 1, len(LARGE), remote.stat(address)[1])
+    assert answer == LARGE[1:-1]
+    assert isinstance(answer, bytes)
+    assert remote.num_retries == 0
 
 
 @pytest.mark.parametrize("wrong", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
