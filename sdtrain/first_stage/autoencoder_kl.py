@@ -15,6 +15,7 @@ from sdtrain.contracts import Posterior
 from sdtrain.errors import ConfigError
 from sdtrain.first_stage.whitening import Whitened, fold_input, fold_output
 from sdtrain.layer.attention import Attention
+from sdtrain.layer.conv import Conv1x1
 from sdtrain.layer.norm import GroupNorm
 from sdtrain.layer.resnet import Downsample, ResnetBlock, Upsample
 
@@ -147,8 +148,8 @@ class AutoencoderKL(Whitened):
         self.encoder = Encoder(in_channels, 2 * latent_channels, *shared)
         self.decoder = Decoder(latent_channels, out_channels, *shared)
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = gradient_checkpointing
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self.quant_conv = Conv1x1(2 * latent_channels, 2 * latent_channels) if use_quant_conv else None
+        self.post_quant_conv = Conv1x1(latent_channels, latent_channels) if use_post_quant_conv else None
         moments = self.encoder.conv_out if self.quant_conv is None else self.quant_conv
         # A posterior that starts as wide as the prior drowns the latents, and the first hundreds of steps only narrow
         # it.
@@ -164,14 +165,14 @@ class AutoencoderKL(Whitened):
     def encode(self, image: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] -> mean and std, (B, C, H / f, W / f), unwhitened, float32."""
         moments = self.encoder(image.contiguous(memory_format=torch.channels_last))
-        moments = moments if self.quant_conv is None else self.quant_conv(moments)
+        moments = moments if self.quant_conv is None else self.quant_conv.of_map(moments)
         mean, logvar = moments.float().chunk(2, dim=1)
         return Posterior(mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, h, w) unwhitened -> (B, 3, h f, w f), about [-1, 1] but not clipped."""
         latent = latent.contiguous(memory_format=torch.channels_last)
-        latent = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
+        latent = latent if self.post_quant_conv is None else self.post_quant_conv.of_map(latent)
         return self.decoder(latent)
 
     def folded_state(self) -> dict[str, Tensor]:

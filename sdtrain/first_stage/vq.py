@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sdtrain.contracts import Posterior
 from sdtrain.first_stage.autoencoder_kl import Decoder, Encoder
 from sdtrain.first_stage.whitening import Whitened, fold_input, fold_output
+from sdtrain.layer.conv import Conv1x1
 
 _SCORES_AT_ONCE = 2**26  # distances of positions to codes held in memory: 256 MiB in float32
 _DEAD_AFTER_BATCHES = 100
@@ -108,9 +109,9 @@ class VQModel(Whitened):
         widths = list(block_out_channels)
         shared = (widths, layers_per_block, norm_num_groups, mid_block_add_attention)
         self.encoder = Encoder(in_channels, latent_channels, *shared)
-        self.quant_conv = nn.Conv2d(latent_channels, code_channels, 1)
+        self.quant_conv = Conv1x1(latent_channels, code_channels)
         self.quantize = VectorQuantizer(num_vq_embeddings, code_channels)
-        self.post_quant_conv = nn.Conv2d(code_channels, latent_channels, 1)
+        self.post_quant_conv = Conv1x1(code_channels, latent_channels)
         self.decoder = Decoder(latent_channels, out_channels, *shared)
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = gradient_checkpointing
         self.down_factor = 2 ** (len(widths) - 1)
@@ -123,7 +124,7 @@ class VQModel(Whitened):
 
     def encode(self, image: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] -> latents before quantisation, (B, C, H / f, W / f), float32, and a std of 0."""
-        latent = self.quant_conv(self.encoder(image.contiguous(memory_format=torch.channels_last))).float()
+        latent = self.quant_conv.of_map(self.encoder(image.contiguous(memory_format=torch.channels_last))).float()
         return Posterior(latent, torch.zeros_like(latent))
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ class VQModel(Whitened):
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """The same from latents that are codes already."""
-        return self.decoder(self.post_quant_conv(codes.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(self.post_quant_conv.of_map(codes.contiguous(memory_format=torch.channels_last)))
 
     def folded_state(self) -> dict[str, Tensor]:
         """The state of the same autoencoder whose own latents and codes are the whitened ones: its scale is 1 and its

@@ -52,7 +52,7 @@ class ResnetBlock(nn.Module):
             h = h + self.time_emb_proj(temb)[:, :, None, None]
         h = self.conv2(self.dropout(self.norm2(h)))
         if hasattr(self, "conv_shortcut"):
-            x = self.conv_shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C', H, W)
+            x = self.conv_shortcut.of_map(x)
         return x + h
 
 

@@ -83,9 +83,22 @@ def test_what_is_frozen_or_at_the_start_has_no_gradient():
 
 def test_1x1_is_torchs_over_the_last_dimension():
     ours, theirs = twins(Conv1x1, 6, 10, kernel_size=1)
-    compare(
-        ours, theirs, torch.randn(2, 6, 5, 4), lambda conv, x: conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    )  # fmt: skip
+    compare(ours, theirs, torch.randn(2, 6, 5, 4), Conv1x1.of_map)
     assert {name: p.shape for name, p in ours.state_dict().items()} == {
         name: p.shape for name, p in theirs.state_dict().items()
     }
+
+
+def test_threads_change_no_bit_of_a_1x1():
+    """Of oneDNN's convolution, they do on an AMD: latents made by two processes were others than those of one."""
+    torch.manual_seed(0)
+    conv, before = Conv1x1(8, 8), torch.get_num_threads()
+    x = torch.randn(8, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+    found = []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            found.append(conv.of_map(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
